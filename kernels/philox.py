@@ -1,0 +1,52 @@
+"""Counter-based random numbers: Philox4x32-10, and the counter that every random decision of the project shares.
+
+A draw is a pure function of (seed, epoch, sample id, caption, masking, position, purpose). Nothing else enters, so
+rank, batch, worker and resume cannot change it, and a CPU and a GPU agree bit for bit. 32-bit words live in int64
+tensors, which have the shifts and compares that uint32 tensors lack.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+U32 = 0xFFFFFFFF
+# What a draw decides: the high half of the counter's first word. Every published mask depends on them, so append only.
+SELECT, REPLACE, VALUE, CROP, CAPTION, IMAGE = range(6)
+
+_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+_WEYL = 0x9E3779B9, 0xBB67AE85
+
+
+def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
+    """Ten rounds of Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+
+    counter: (..., 4) int64 with values in [0, 2³²); key: two integers in that range. Returns (..., 4) int64, uniform in
+    that range. It is one call for N counters: four words each, independent of one another.
+    """
+    return torch.stack(_rounds(*counter.unbind(-1), *key), dim=-1)
+
+
+def draw_words(
+    purpose: int, position: Tensor, caption: Tensor, caption_key: Tensor, seed: int, epoch: int
+) -> tuple[Tensor, ...]:
+    """The four 32-bit words that decide `purpose` at each of N places, as four (N,) int64 tensors.
+
+    position: (N,) int64 below 2¹⁶, the index inside the stored caption ([CLS] = 0). caption: (N,) int64, the row of
+    caption_key that each place belongs to. caption_key: (C, 3) int32 bit patterns, `caption | masking << 16, id_lo,
+    id_hi`, where caption is the index inside the stored sample. seed, epoch: in [0, 2³²).
+    """
+    words = caption_key.long() & U32
+    return _rounds(position | purpose << 16, *(word[caption] for word in words.t().contiguous()), seed, epoch)
+
+
+def _rounds(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: int, k1: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    assert 0 <= k0 <= U32 and 0 <= k1 <= U32, f"a key is two 32-bit words: {k0}, {k1}"
+    for _ in range(10):
+        # A product wraps modulo 2⁶⁴, so its bits are right although its sign is not. Only the words that are multiplied
+        # next need their upper half cleared.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1 = (p1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(U32), p1
+        c2, c3 = (p0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(U32), p0
+        k0, k1 = (k0 + _WEYL[0]) & U32, (k1 + _WEYL[1]) & U32
+    return c0, c1 & U32, c2, c3 & U32

@@ -1,0 +1,188 @@
+"""Records to samples: decode, tokenise, tag, align. A pure function of the records, spread over processes.
+
+Chunks of records are the unit of work. Their borders don't depend on the number of processes, so neither do the bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+
+import numpy as np
+
+from posmask.prep import pos
+from posmask.prep.images import BrokenImage, Jpeg, normalise
+from posmask.prep.shards import Sample, sample_id
+from posmask.prep.sources import Record
+from posmask.prep.tagging import Token, align, load_tagger, needs_torch, tag
+from posmask.prep.wordpiece import CaptionEncoder, Encoded
+
+CHUNK_RECORDS = 64
+BITS_COMPUTED = ("upos", "token_start", "word_start", "function_word", "maskable")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides how a record becomes a sample."""
+
+    source: str  # its name, for the ids
+    tokenizer: Path
+    tagger: Path
+    image_size: int  # limit of the short side, pixels
+    quality: int
+    max_tokens: int
+
+
+@dataclass
+class Prepared:
+    """What became of some records, in their order."""
+
+    samples: list[Sample] = field(default_factory=list)
+    dropped: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
+
+
+class Preparer:
+    """Holds the tagger and the tokenizer of a recipe; call it with records."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.encode = CaptionEncoder(recipe.tokenizer, recipe.max_tokens)
+        self.nlp = load_tagger(recipe.tagger)
+
+    def __call__(self, records: Sequence[Record]) -> Prepared:
+        prepared = Prepared()
+        kept: list[tuple[Record, Jpeg, list[str], list[Encoded]]] = []
+        for record in records:
+            captions, encoded = self._usable(record.captions)
+            reason = "no caption" if not record.captions else "only empty captions" if not captions else ""
+            if not reason:
+                try:
+                    kept.append((record, self._image(record), captions, encoded))
+                except BrokenImage as error:
+                    reason = str(error)
+            if reason:
+                prepared.dropped.append((record.key, reason))
+        tokens = tag(self.nlp, (caption for _, _, captions, _ in kept for caption in captions))
+        for record, image, captions, encoded in kept:
+            prepared.samples.append(self._sample(record, image, captions, encoded, tokens))
+        return prepared
+
+    def _usable(self, captions: Sequence[str]) -> tuple[list[str], list[Encoded]]:
+        """The captions that hold at least one piece, and their encodings."""
+        texts = [caption for caption in captions if is_unicode(caption)]
+        pairs = [(text, encoded) for text, encoded in zip(texts, self.encode(texts), strict=True) if encoded.pieces]
+        return [text for text, _ in pairs], [encoded for _, encoded in pairs]
+
+    def _image(self, record: Record) -> Jpeg:
+        try:
+            data = record.load()
+        except FileNotFoundError:
+            raise BrokenImage("no such file") from None
+        except (OSError, ValueError):
+            raise BrokenImage("unreadable file") from None
+        return normalise(data, self.recipe.image_size, self.recipe.quality)
+
+    def _sample(
+        self, record: Record, image: Jpeg, captions: list[str], encoded: list[Encoded], tokens: Iterator[list[Token]]
+    ) -> Sample:
+        tags = [bits for e in encoded for bits in caption_bits(e, next(tokens), self.encode.unk_id)]
+        return Sample(
+            key=record.key,
+            id=sample_id(self.recipe.source, record.key),
+            image=image.data,
+            tokens=np.array([i for e in encoded for i in e.ids], np.uint16),
+            tags=np.array(tags, np.uint32),
+            caption_lengths=np.array([len(e.ids) for e in encoded], np.uint8),
+            captions=captions,
+            width=image.width,
+            height=image.height,
+            num_cut=sum(e.is_cut for e in encoded),
+            num_empty=len(record.captions) - len(captions),
+        )
+
+
+def caption_bits(encoded: Encoded, tokens: Sequence[Token], unk_id: int) -> list[int]:
+    """The tag bits of all L tokens of a caption; [CLS] and [SEP] have none, [UNK] is not maskable."""
+    bits = [0]
+    aligned = align(encoded.pieces, tokens)
+    for piece_id, piece_bits, starts_word in zip(encoded.ids[1:-1], aligned, encoded.word_starts, strict=True):
+        word = pos.WORD_START if starts_word else 0
+        bits.append(piece_bits | word | (0 if piece_id == unk_id else pos.MASKABLE))
+    bits.append(0)
+    return bits
+
+
+def prepare(chunks: Iterable[Sequence[Record]], recipe: Recipe, num_workers: int) -> Iterator[Prepared]:
+    """The result of every chunk, in order, with few more chunks in flight than there are processes."""
+    if num_workers == 1:
+        yield from map(Preparer(recipe), chunks)
+        return
+    # Spawned, not forked: torch and the tokenizer may have started threads in this process.
+    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _start_worker, (recipe,))
+    pending = deque()
+    try:
+        with _environment(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"):
+            for chunk in chunks:
+                pending.append(pool.submit(_work, chunk))
+                if len(pending) > 2 * num_workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_preparer: Preparer | None = None  # of a worker process
+
+
+def _start_worker(recipe: Recipe) -> None:
+    global _preparer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    if not needs_torch(recipe.tagger):
+        # spaCy imports torch when it can; a worker without it starts 1.6 s sooner and takes 490 MB less.
+        sys.modules.setdefault("torch", None)
+    _preparer = Preparer(recipe)
+
+
+def _exit_with_parent() -> None:
+    """A killed parent would leave its workers waiting for ever."""
+    parent_process().join()
+    os._exit(1)
+
+
+def _work(records: Sequence[Record]) -> Prepared:
+    return _preparer(records)
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Variables for the processes started inside, taken back afterwards."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def is_unicode(text: str) -> bool:
+    """False for halves of surrogate pairs, which JSON may carry and no encoder takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

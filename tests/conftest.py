@@ -1,0 +1,66 @@
+"""Fixtures that several tests share. Functions come as fixtures, since tests is not a package to import from."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from posmask.prep.pos import MASKABLE, NUM_UPOS, WORD_START
+
+
+@pytest.fixture(scope="session")
+def assert_within_budget():
+    """Our error may exceed that of torch in the same dtype by no more than `budget`, both against an fp32 truth."""
+
+    def check(ours: torch.Tensor, peer: torch.Tensor, truth: torch.Tensor, budget: float) -> None:
+        error, allowed = (ours.float() - truth).abs().max(), (peer.float() - truth).abs().max() + budget
+        assert error <= allowed, f"error {error:.3g} is above the {allowed:.3g} allowed"
+
+    return check
+
+
+@pytest.fixture
+def poisoned_memory():
+    """torch.empty and its kin give NaN (or the largest integer), so that reading what nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def make_text():
+    """Packed captions with made-up tokens and tags: make_text(num_captions, seed) → an object of (T,), (C+1,), (C, 3).
+
+    Some captions have no maskable token, words have 1 to 4 pieces, and now and then one piece of a word has another tag
+    than its neighbours or is not maskable.
+    """
+
+    def make(num_captions: int, seed: int = 0, max_words: int = 12) -> SimpleNamespace:
+        rng = np.random.default_rng(seed)
+        tags, starts = [], [0]
+        for _ in range(num_captions):
+            tags.append(0)
+            for _ in range(rng.integers(0, max_words + 1)):
+                upos = rng.integers(NUM_UPOS)
+                for piece in range(rng.choice(4, p=(0.6, 0.2, 0.1, 0.1)) + 1):
+                    own = rng.integers(NUM_UPOS) if rng.random() < 0.05 else upos
+                    maskable = MASKABLE if rng.random() < 0.97 else 0
+                    tags.append(1 << own | maskable | (WORD_START if piece == 0 else 0))
+            tags.append(0)
+            starts.append(len(tags))
+        ids = rng.integers(0, 2**64, num_captions, dtype=np.uint64)
+        first = rng.integers(0, 5, num_captions) | rng.integers(0, 3, num_captions) << 16
+        key = np.stack([first, ids & np.uint64(0xFFFFFFFF), ids >> np.uint64(32)], 1).astype(np.uint32).view(np.int32)
+        return SimpleNamespace(
+            tokens=torch.from_numpy(rng.integers(10, 1000, len(tags)).astype(np.int32)),
+            tags=torch.tensor(tags, dtype=torch.int32),
+            caption_starts=torch.tensor(starts, dtype=torch.int32),
+            caption_key=torch.from_numpy(key),
+        )
+
+    return make

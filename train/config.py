@@ -1,0 +1,283 @@
+"""What a pre-training run is: model presets, the run's settings, and the command line that makes them.
+
+Settings are frozen and checked when they are made; what `config.json` holds is exactly `RunConfig`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from posmask.train.masking import arm_slug
+
+# open_clip's RN50 was trained with these; they are also what "blank" is measured against (zeros after normalisation).
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shapes of the model; saved as `model_config.json` beside the weights.
+
+    image_layers: bottleneck blocks per stage of open_clip's ModifiedResNet; with S stages the stride is 2^(S+1).
+    """
+
+    preset: str
+    image_size: int
+    image_layers: tuple[int, ...]
+    image_width: int
+    width: int
+    num_heads: int
+    num_text_layers: int
+    num_fusion_layers: int
+    max_positions: int
+    vocab_size: int = 0
+    image_mean: tuple[float, ...] = IMAGE_MEAN
+    image_std: tuple[float, ...] = IMAGE_STD
+
+    @property
+    def image_stride(self) -> int:
+        return 2 ** (len(self.image_layers) + 1)
+
+    @property
+    def num_image_tokens(self) -> int:
+        return (self.image_size // self.image_stride) ** 2
+
+    @property
+    def image_channels(self) -> int:
+        return self.image_width * 4 * 2 ** (len(self.image_layers) - 1)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @staticmethod
+    def load(path: Path) -> ModelConfig:
+        values = json.loads(path.read_text())
+        known = {field.name for field in dataclasses.fields(ModelConfig)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"{path}: unknown keys {unknown}; this model was saved by another version of posmask")
+        return ModelConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+
+
+PRESETS = {
+    # RN50 and BERT-base: layers 0-5 of bert-base-uncased are the text encoder, 6-11 the fusion encoder.
+    "base": ModelConfig("base", 224, (3, 4, 6, 3), 64, 768, 12, 6, 6, max_positions=512),
+    # Minutes on two CPU cores; three stages, so that 64 px still give a 4x4 grid.
+    "laptop": ModelConfig("laptop", 64, (1, 1, 1), 24, 192, 3, 2, 2, max_positions=256),
+}
+
+# Settings that may differ when a run is continued: where and how it runs, not what it computes.
+NOT_COMPARED = ("out", "resume", "micro_batch_size", "checkpoint_every", "keep_checkpoints", "log_every", "wandb")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings of one pre-training run, as in `config.json`. Counts are global over all ranks."""
+
+    mask: str
+    data: tuple[str, ...]
+    val: str | None
+    out: str
+    preset: str
+    steps: int
+    batch_size: int  # images a step, over all ranks
+    micro_batch_size: int | None  # images a forward on one rank; None: the whole share of a rank
+    captions_per_image: int
+    lr: float
+    warmup_steps: int
+    weight_decay: float
+    grad_clip: float
+    seed: int
+    dtype: str
+    zero_stage: int
+    mask_amount: str | None
+    mask_rate: float | None
+    replace: tuple[float, float, float] | None
+    blank_rate: float
+    crop_scale: tuple[float, float]
+    checkpoint_every: int
+    keep_checkpoints: int
+    eval_every: int
+    eval_images: int
+    snapshots: int
+    log_every: int
+    resume: str
+    decode: str
+    text_weights: str | None
+    image_weights: str | None
+    deepspeed_config: str | None
+    wandb: bool
+
+    def __post_init__(self) -> None:
+        for flag in ("steps", "batch_size", "captions_per_image", "log_every", "keep_checkpoints"):
+            _require(getattr(self, flag) >= 1, flag, getattr(self, flag), "at least 1")
+        for flag in ("warmup_steps", "checkpoint_every", "eval_every", "snapshots", "weight_decay", "grad_clip"):
+            _require(getattr(self, flag) >= 0, flag, getattr(self, flag), "0 (off) or more")
+        _require(self.lr > 0, "lr", self.lr, "above 0")
+        _require(0 <= self.blank_rate <= 1, "blank_rate", self.blank_rate, "within 0..1")
+        low, high = self.crop_scale
+        _require(0 < low <= high <= 1, "crop_scale", f"{low},{high}", "two shares of the area, 0 < low <= high <= 1")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "within 0..2^32-1")
+        if self.micro_batch_size is not None:
+            _require(self.micro_batch_size >= 1, "micro_batch_size", self.micro_batch_size, "at least 1")
+            if self.batch_size % self.micro_batch_size:
+                raise ValueError(
+                    f"--batch-size {self.batch_size} is not a multiple of --micro-batch-size {self.micro_batch_size}"
+                )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.dtype == "bf16" else torch.float32
+
+    def micro_batches(self, world_size: int) -> tuple[int, int]:
+        """(images of one forward on one rank, forwards a step), or ValueError where they do not divide."""
+        per_rank, rest = divmod(self.batch_size, world_size)
+        if rest:
+            raise ValueError(f"--batch-size {self.batch_size} does not divide over {world_size} ranks")
+        micro = min(self.micro_batch_size or per_rank, per_rank)
+        if per_rank % micro:
+            raise ValueError(
+                f"--batch-size {self.batch_size} over {world_size} ranks is {per_rank} images a rank, "
+                f"not a multiple of --micro-batch-size {micro}"
+            )
+        return micro, per_rank // micro
+
+    def save(self, path: Path) -> None:
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        temporary.replace(path)
+
+    def differences(self, saved: dict) -> list[str]:
+        """Lines "--key: saved, now" for every setting that decides the result and differs from a saved config."""
+        now = json.loads(json.dumps(dataclasses.asdict(self)))
+        return [
+            f"--{key.replace('_', '-')}: {saved.get(key)!r} there, {value!r} now"
+            for key, value in now.items()
+            if key not in NOT_COMPARED and saved.get(key) != value
+        ]
+
+
+def learning_rate(config: RunConfig, step: int) -> float:
+    """Linear warm-up, then a cosine to a tenth of --lr at the last step."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def snapshot_steps(steps: int, count: int) -> list[int]:
+    """About `count` log-spaced steps from 1 to `steps`, the last one included: early learning is where arms differ."""
+    if count == 0:
+        return []
+    return sorted({round(steps ** (i / max(1, count - 1))) for i in range(count)} | {steps})
+
+
+def parse_args(argv: list[str] | None, has_gpu: bool) -> RunConfig:
+    """The command line of pretrain.py as a RunConfig. argparse exits with 2 on a malformed flag."""
+    parser = argparse.ArgumentParser(
+        prog="pretrain.py",
+        description="Pre-train a vision-language model while masking one part of speech.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--mask", required=True, help="masking arm, e.g. noun, noun,propn, random, matched:noun")
+    parser.add_argument("--list-masks", action=_ListMasks, help="print the masking arms and exit")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", action="append", help="folder of training shards; may be repeated (data/scenes/train)")
+    data.add_argument("--val", help="folder of validation shards (the folder `val` beside the first --data)")
+    data.add_argument("--captions-per-image", type=int, default=1, help="captions drawn for each image of a step")
+    data.add_argument("--blank-rate", type=float, default=0.1, help="share of samples shown with a blank image")
+    data.add_argument("--crop-scale", type=_floats(2), default=(0.9, 1.0), help="area of the random crop: LOW,HIGH")
+    data.add_argument("--decode", choices=("auto", "dali", "cpu"), default="auto", help="what decodes the images")
+
+    mask = parser.add_argument_group("masking (defaults: those of the arm)")
+    mask.add_argument("--mask-amount", choices=("all", "rate", "budget", "one"), help="how many candidates are masked")
+    mask.add_argument("--mask-rate", type=float, help="share of candidates (rate) or of the caption (budget)")
+    mask.add_argument("--replace", type=_floats(3), help="shares of [MASK], random word, kept: M,R,K")
+
+    train = parser.add_argument_group("training")
+    train.add_argument("--preset", choices=tuple(PRESETS), help="model size (base on a GPU, laptop on a CPU)")
+    train.add_argument("--steps", type=int, help="optimizer steps (laptop: 800; base: 100000)")
+    train.add_argument("--batch-size", type=int, help="images a step over all ranks (laptop: 128; base: 512)")
+    train.add_argument("--micro-batch-size", type=int, help="images of one forward on one rank (all of its share)")
+    train.add_argument("--lr", type=float, help="peak learning rate (laptop: 1e-3; base: 1e-4)")
+    train.add_argument("--warmup-steps", type=int, help="steps of linear warm-up (5 %% of the steps)")
+    train.add_argument("--weight-decay", type=float, default=0.01)
+    train.add_argument("--grad-clip", type=float, default=1.0, help="largest gradient norm; 0 turns clipping off")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU")
+    train.add_argument("--zero-stage", type=int, choices=range(4), default=1)
+    train.add_argument("--text-weights", help="BERT weights: a folder, a .safetensors file or a hub name")
+    train.add_argument("--image-weights", help="open_clip RN50 checkpoint file")
+    train.add_argument("--deepspeed_config", help="JSON merged over the DeepSpeed configuration built here")
+    train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", help="run folder (runs/<arm>)")
+    run.add_argument("--resume", default="auto", help="auto: continue an unfinished run; never; or a RUN[@STEP]")
+    run.add_argument("--checkpoint-every", type=int, default=200, help="steps between checkpoints; 0: only at the end")
+    run.add_argument("--keep-checkpoints", type=int, default=2, help="newest checkpoints kept")
+    run.add_argument("--eval-every", type=int, default=200, help="steps between validations; 0: only at the end")
+    run.add_argument("--eval-images", type=int, default=512, help="images of a validation")
+    run.add_argument("--snapshots", type=int, default=20, help="log-spaced steps whose weights are kept")
+    run.add_argument("--log-every", type=int, default=10, help="steps between lines of metrics.jsonl")
+    run.add_argument("--wandb", action="store_true", help="log to Weights & Biases too: pip install 'posmask[wandb]'")
+    args = parser.parse_args(argv)
+
+    preset = args.preset or ("base" if has_gpu else "laptop")
+    large = preset == "base"
+    steps = args.steps if args.steps is not None else (100_000 if large else 800)
+    values = vars(args) | {
+        "preset": preset,
+        "data": tuple(args.data or ["data/scenes/train"]),
+        "out": args.out or f"runs/{arm_slug(args.mask)}",
+        "steps": steps,
+        "batch_size": args.batch_size or (512 if large else 128),
+        "lr": args.lr or (1e-4 if large else 1e-3),
+        "warmup_steps": args.warmup_steps if args.warmup_steps is not None else steps // 20,
+        "dtype": args.dtype if args.dtype != "auto" else ("bf16" if has_gpu else "fp32"),
+    }
+    if values["val"] is None:
+        beside = Path(values["data"][0]).parent / "val"
+        values["val"] = str(beside) if (beside / "index.json").is_file() else None
+    del values["local_rank"], values["list_masks"]
+    return RunConfig(**values)
+
+
+class _ListMasks(argparse.Action):
+    """`--list-masks`: like --help, it prints and exits."""
+
+    def __init__(self, option_strings, dest, **kwargs):
+        super().__init__(option_strings, dest, nargs=0, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from posmask.train.masking import list_masks
+
+        for name, line in list_masks():
+            print(f"{name:<12} {line}")
+        parser.exit(0)
+
+
+def _floats(count: int):
+    def parse(text: str) -> tuple[float, ...]:
+        parts = text.split(",")
+        if len(parts) != count:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {count} numbers separated by commas")
+        try:
+            return tuple(float(part) for part in parts)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {count} numbers separated by commas") from None
+
+    return parse
+
+
+def _require(condition: bool, flag: str, value, rule: str) -> None:
+    if not condition:
+        raise ValueError(f"--{flag.replace('_', '-')} {value}: must be {rule}")

@@ -1,0 +1,273 @@
+"""From shards to batches on the device: sample order, packed text, decoded images.
+
+Everything about a sample (its crop, its captions, whether its image is blanked, its mask) is drawn from a counter keyed
+by the sample, and the order of an epoch is a pure function of (seed, epoch): ranks and resumes change nothing.
+The place in the data is therefore one number, the step, and needs no state of its own.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from streaming import Stream, StreamingDataset
+from streaming.base.shuffle import get_shuffle
+from torch import Tensor
+
+from posmask.kernels import philox
+from posmask.prep.shards import Manifest
+from posmask.train.decode import make_decoder
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B images with C captions of T tokens in all; S score columns."""
+
+    tokens: Tensor  # (T,) int32
+    tags: Tensor  # (T,) int32, bits of posmask.prep.pos
+    scores: Tensor  # (T, S) uint8
+    caption_starts: Tensor  # (C+1,) int32
+    caption_image: Tensor  # (C,) int32
+    caption_key: Tensor  # (C, 3) int32 bit patterns: caption | masking << 16, id_lo, id_hi
+    images: Tensor  # (B, 3, H, W) float, normalised, channels-last
+    sample_ids: np.ndarray  # (B,) uint64, on the host
+    host_tags: np.ndarray  # (T,) uint32, on the host: fixes the capacity of the masked rows
+    host_caption_starts: np.ndarray  # (C+1,) int32, on the host
+    max_caption_tokens: int
+    epoch: int
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
+        """Tensors on `device`, images in `dtype`; nothing waits."""
+        names = ("tokens", "tags", "scores", "caption_starts", "caption_image", "caption_key")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, **moved, images=self.images.to(device, dtype, non_blocking=True))
+
+    def with_blank_images(self) -> Batch:
+        """The same captions before a blank image: zeros after normalisation, the mean colour."""
+        return replace(self, images=torch.zeros_like(self.images))
+
+
+class Shards:
+    """Random access to the samples of one or more shard folders, read and cached by StreamingDataset.
+
+    Raises ValueError if a folder is not ours, or if folders differ in tokenizer, bits or scores.
+    """
+
+    def __init__(self, folders: tuple[str, ...]):
+        self.folders = folders
+        self.manifests = [Manifest.load(Path(folder)) for folder in folders]
+        self.manifest = self.manifests[0]
+        for folder, manifest in zip(folders[1:], self.manifests[1:], strict=True):
+            for key in ("tokenizer", "bits_computed", "scores"):
+                if getattr(manifest, key) != getattr(self.manifest, key):
+                    raise ValueError(
+                        f"{folder} and {folders[0]} differ in {key}: build both with the same settings and "
+                        f"--tokenizer {folders[0]}/tokenizer"
+                    )
+        # Order and ranks are ours; StreamingDataset finds, downloads and reads samples.
+        self.dataset = StreamingDataset(
+            streams=[Stream(local=folder) for folder in folders], batch_size=1, num_canonical_nodes=1, shuffle=False
+        )
+        self.shard_sizes = np.array([shard.samples for shard in self.dataset.shards], np.int64)
+
+    def __len__(self) -> int:
+        return int(self.shard_sizes.sum())
+
+    def __getitem__(self, i: int) -> dict:
+        return self.dataset.get_item(int(i))
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """Sample indices (N,) int64 of one epoch; streaming's py1e keeps neighbours in few shards."""
+        return get_shuffle("py1e", self.shard_sizes, 1, seed, epoch)
+
+
+@dataclass(frozen=True)
+class View:
+    """What is shown of each sample."""
+
+    seed: int
+    image_size: int
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    captions_per_image: int | None = None  # None: all of them
+    blank_rate: float = 0.0
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+
+
+class Collator:
+    """Turns samples into a `Batch` on the CPU (or, images decoded there, on the GPU)."""
+
+    def __init__(self, view: View, num_scores: int, max_images: int, decode: str, device: torch.device):
+        self.view = view
+        self.num_scores = num_scores
+        self.decoder = make_decoder(decode, view.image_size, max_images, device)
+        self.mean = torch.tensor(view.image_mean, device=device).view(1, 3, 1, 1) * 255
+        self.std = torch.tensor(view.image_std, device=device).view(1, 3, 1, 1) * 255
+
+    def __call__(self, samples: list[dict], epoch: int) -> Batch:
+        ids = np.array([sample["id"] for sample in samples], np.uint64)
+        tokens, tags, scores, lengths, caption_image, captions = [], [], [], [], [], []
+        chosen = self._draw_captions(samples, ids, epoch)
+        for i, sample in enumerate(samples):
+            starts = np.concatenate([[0], np.cumsum(sample["caption_lengths"], dtype=np.int64)])
+            for caption in chosen[i]:
+                span = slice(starts[caption], starts[caption + 1])
+                tokens.append(sample["tokens"][span])
+                tags.append(sample["tags"][span])
+                if self.num_scores:
+                    scores.append(sample["scores"][span])
+                lengths.append(span.stop - span.start)
+                caption_image.append(i)
+                captions.append(caption)
+        caption_starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        host_tags = np.concatenate(tags)
+        num_tokens = len(host_tags)
+        return Batch(
+            tokens=torch.from_numpy(np.concatenate(tokens).astype(np.int32)),
+            tags=torch.from_numpy(host_tags.view(np.int32)),
+            scores=torch.from_numpy(
+                np.concatenate(scores) if self.num_scores else np.zeros((num_tokens, 0), np.uint8)
+            ),
+            caption_starts=torch.from_numpy(caption_starts),
+            caption_image=torch.tensor(caption_image, dtype=torch.int32),
+            caption_key=caption_keys(ids[caption_image], np.array(captions)),
+            images=self._images(samples, ids, epoch),
+            sample_ids=ids,
+            host_tags=host_tags,
+            host_caption_starts=caption_starts,
+            max_caption_tokens=max(lengths),
+            epoch=epoch,
+        )
+
+    def _draw_captions(self, samples: list[dict], ids: np.ndarray, epoch: int) -> list[list[int]]:
+        """min(K, available) captions of each sample, without replacement, in their stored order."""
+        counts = [len(sample["caption_lengths"]) for sample in samples]
+        k = self.view.captions_per_image
+        if k is None or all(count <= k for count in counts):
+            return [list(range(count)) for count in counts]
+        captions = np.concatenate([np.arange(count) for count in counts])
+        race = _draw(philox.CAPTION, np.repeat(ids, counts), captions, self.view.seed, epoch)[:, 0]
+        runs = np.split(race, np.cumsum(counts)[:-1])
+        return [sorted(np.argsort(run, kind="stable")[:k].tolist()) for run in runs]
+
+    def _images(self, samples: list[dict], ids: np.ndarray, epoch: int) -> Tensor:
+        encoded = [np.frombuffer(sample["image"], np.uint8) for sample in samples]
+        anchors, shapes = self._crops(ids, epoch)
+        pixels = self.decoder(encoded, anchors, shapes, [sample["key"] for sample in samples])  # (B, H, W, 3) uint8
+        images = pixels.permute(0, 3, 1, 2).float()  # the permutation is what makes it channels-last
+        images = images.sub_(self.mean).div_(self.std)
+        if self.view.blank_rate > 0:
+            draw = _draw(philox.IMAGE, ids, np.zeros(len(ids), np.int64), self.view.seed, epoch)[:, 0]
+            blank = torch.from_numpy(draw < round(self.view.blank_rate * 2**32)).to(images.device)
+            images.masked_fill_(blank.view(-1, 1, 1, 1), 0.0)
+        return images
+
+    def _crops(self, ids: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Anchors and shapes (B, 2) fp32 as (width, height) shares of the image.
+
+        The area is uniform in --crop-scale; the aspect ratio changes by at most what that area leaves room for, so that
+        mild crops stay mild (torchvision's 3/4..4/3 would cut a third of the image to reach its ratio).
+        """
+        low, high = self.view.crop_scale
+        if low == high == 1.0:
+            return np.zeros((len(ids), 2), np.float32), np.ones((len(ids), 2), np.float32)
+        u = _draw(philox.CROP, ids, np.zeros(len(ids), np.int64), self.view.seed, epoch) / 2.0**32  # (B, 4) in [0, 1)
+        area = low + (high - low) * u[:, 0]
+        ratio = area ** (2 * u[:, 1] - 1)  # width / height, relative to the image's own
+        shapes = np.stack([np.sqrt(area * ratio), np.sqrt(area / ratio)], 1)
+        anchors = u[:, 2:] * (1 - shapes)
+        return anchors.astype(np.float32), shapes.astype(np.float32)
+
+
+def caption_keys(ids: np.ndarray, captions: np.ndarray) -> Tensor:
+    """(C, 3) int32 bit patterns that name each caption in the counter: its index in the sample, id's low and high word.
+
+    ids (C,) uint64; captions (C,) integers below 2^16.
+    """
+    words = [captions, ids & np.uint64(philox.U32), ids >> np.uint64(32)]
+    return torch.from_numpy(np.stack([word.astype(np.uint32) for word in words], 1).view(np.int32))
+
+
+def _draw(purpose: int, ids: np.ndarray, captions: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """Four words (N, 4) int64 in [0, 2^32) for each of N pairs of sample id and caption."""
+    position, row = torch.zeros(len(ids), dtype=torch.int64), torch.arange(len(ids))
+    return torch.stack(philox.draw_words(purpose, position, row, caption_keys(ids, captions), seed, epoch), 1).numpy()
+
+
+class Loader:
+    """Micro-batches of one rank, prepared by a thread ahead of the consumer.
+
+    Step s takes the s-th run of `batch_size` samples of the endless sequence of epochs (an epoch's rest that does not
+    fill a batch is left out); rank r of W takes the r-th part of it, in `accumulation` micro-batches.
+    """
+
+    def __init__(
+        self, shards: Shards, collate: Collator, *, seed: int, batch_size: int, micro_batch_size: int,
+        rank: int, world_size: int, start_step: int = 0, num_steps: int, prefetch: int = 2,
+    ):  # fmt: skip
+        if len(shards) < batch_size:
+            raise ValueError(f"{', '.join(shards.folders)}: {len(shards)} images, fewer than --batch-size {batch_size}")
+        self.shards, self.collate = shards, collate
+        self.seed, self.batch_size, self.micro_batch_size = seed, batch_size, micro_batch_size
+        self.rank, self.world_size = rank, world_size
+        self.steps = range(start_step, num_steps)
+        self._queue: queue.Queue = queue.Queue(maxsize=prefetch)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._produce, name="loader", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        """Stops the thread; a decoder may not be torn down under it."""
+        self._stop.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get(timeout=0.05)
+            except queue.Empty:
+                continue
+
+    def _produce(self) -> None:
+        try:
+            for batch in self._batches():
+                if self._stop.is_set():
+                    return
+                self._queue.put(batch)
+            self._queue.put(None)
+        except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
+            self._queue.put(error)
+
+    def _batches(self) -> Iterator[Batch]:
+        per_epoch = len(self.shards) // self.batch_size
+        per_rank = self.batch_size // self.world_size
+        epoch, order = -1, None
+        for step in self.steps:
+            if step // per_epoch != epoch:
+                epoch = step // per_epoch
+                order = self.shards.order(self.seed, epoch)
+            first = (step % per_epoch) * self.batch_size + self.rank * per_rank
+            for start in range(first, first + per_rank, self.micro_batch_size):
+                samples = [self.shards[i] for i in order[start : start + self.micro_batch_size]]
+                yield self.collate(samples, epoch)
+
+
+def evaluation_batches(
+    shards: Shards, collate: Collator, batch_size: int, num_images: int | None, rank: int = 0, world_size: int = 1
+) -> Iterator[Batch]:
+    """The first `num_images` samples (None: all) in stored order.
+
+    Rank r of W takes the r-th of W equal runs (up to W - 1 samples are left out), so that all make as many batches: a
+    forward under ZeRO-3 is a collective.
+    """
+    per_rank = min(num_images or len(shards), len(shards)) // world_size
+    for start in range(rank * per_rank, (rank + 1) * per_rank, batch_size):
+        yield collate([shards[i] for i in range(start, min(start + batch_size, (rank + 1) * per_rank))], epoch=0)

@@ -1,0 +1,246 @@
+"""The model: a ResNet looks at the image, a BERT-like encoder reads the masked caption, a fusion encoder joins them.
+
+Shapes: B images, C captions, T packed tokens of all captions, L tokens of the longest caption, N image tokens,
+M rows of masked tokens (the static capacity), D width, H heads, V vocabulary. Text is packed: captions lie end to end
+without padding, so that everything but attention works on (T, D).
+
+Parameters of the text and fusion layers carry BERT's names, so that `bert-base-uncased` loads into them: its first
+layers are the text encoder, the next ones the fusion encoder (the split of ALBEF, arXiv 2107.07651).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from open_clip.modified_resnet import ModifiedResNet
+from torch import Tensor, nn
+
+from posmask.kernels.masked_lm_loss import MaskedLMLoss, masked_lm_loss
+from posmask.train.config import ModelConfig
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Statistics, weight and bias in fp32 whatever the activations are; DeepSpeed casts the parameters to bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight.float(), self.bias.float(),
+            self.training, self.momentum, self.eps,
+        )  # fmt: skip
+
+
+class ImageEncoder(nn.Module):
+    """open_clip's ModifiedResNet without its attention pool: (B, 3, S, S) -> (B, N, D), one token a grid cell."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        stages = len(config.image_layers)
+        trunk = ModifiedResNet([*config.image_layers, 1, 1][:4], 1, 1, config.image_size, config.image_width)
+        self.stem = nn.Sequential(
+            trunk.conv1, trunk.bn1, nn.ReLU(), trunk.conv2, trunk.bn2, nn.ReLU(), trunk.conv3, trunk.bn3, nn.ReLU(),
+            trunk.avgpool,
+        )  # fmt: skip
+        self.stages = nn.Sequential(*[getattr(trunk, f"layer{i + 1}") for i in range(stages)])
+        self.proj = nn.Linear(config.image_channels, config.width)
+        self.position = nn.Embedding(config.num_image_tokens, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=1e-12)
+        _replace_batch_norm(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        grid = self.stages(self.stem(images))  # (B, channels, h, w)
+        tokens = self.proj(grid.flatten(2).transpose(1, 2))
+        return self.norm(tokens + self.position.weight)
+
+
+class Packing(NamedTuple):
+    """Where each packed token lies in the padded (C, L) layout that attention works in."""
+
+    slot: Tensor  # (T,) int64: caption * L + position
+    position: Tensor  # (T,) int64: place inside the caption
+    valid: Tensor  # (C, 1, 1, L) bool: false on padding
+    num_captions: int
+    max_length: int
+
+    @staticmethod
+    def of(caption_starts: Tensor, num_tokens: int, max_length: int) -> Packing:
+        """From caption_starts (C+1,) int32; `max_length` is known on the host, so nothing waits for the device."""
+        starts = caption_starts.long()
+        num_captions = starts.numel() - 1
+        token = torch.arange(num_tokens, device=starts.device)
+        caption = torch.searchsorted(starts[1:], token, right=True)
+        position = token - starts[caption]
+        lengths = starts[1:] - starts[:-1]
+        valid = torch.arange(max_length, device=starts.device) < lengths[:, None]
+        return Packing(caption * max_length + position, position, valid[:, None, None], num_captions, max_length)
+
+    def pad(self, x: Tensor, num_heads: int) -> Tensor:
+        """(T, D) -> (C, H, L, D / H), zeros on padding."""
+        padded = x.new_zeros(self.num_captions * self.max_length, x.shape[-1]).index_copy(0, self.slot, x)
+        return padded.view(self.num_captions, self.max_length, num_heads, -1).transpose(1, 2)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(C, H, L, D / H) -> (T, D)."""
+        return x.transpose(1, 2).reshape(self.num_captions * self.max_length, -1).index_select(0, self.slot)
+
+
+class SelfOutput(nn.Module):
+    """BERT's dense + residual + LayerNorm after attention and after the feed-forward."""
+
+    def __init__(self, in_features: int, width: int):
+        super().__init__()
+        self.dense = nn.Linear(in_features, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=1e-12)
+
+    def forward(self, x_TD: Tensor, residual_TD: Tensor) -> Tensor:
+        return self.LayerNorm(self.dense(x_TD) + residual_TD)
+
+
+class QueryKeyValue(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.query = nn.Linear(config.width, config.width)
+        self.key = nn.Linear(config.width, config.width)
+        self.value = nn.Linear(config.width, config.width)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with BERT's parameter names; over the caption itself, or over its image's tokens."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.self = QueryKeyValue(config)
+        self.output = SelfOutput(config.width, config.width)
+
+    def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
+        query, key, value = (
+            packing.pad(layer(x_TD), self.num_heads) for layer in (self.self.query, self.self.key, self.self.value)
+        )
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=packing.valid)
+        return self.output(packing.pack(context), x_TD)
+
+
+class CrossAttention(Attention):
+    def forward(self, x_TD: Tensor, packing: Packing, image_BND: Tensor, caption_image: Tensor) -> Tensor:
+        query = packing.pad(self.self.query(x_TD), self.num_heads)
+        # Keys and values are projected once an image, then shared by its captions.
+        key, value = (
+            layer(image_BND).unflatten(-1, (self.num_heads, -1)).transpose(1, 2).index_select(0, caption_image)
+            for layer in (self.self.key, self.self.value)
+        )
+        context = F.scaled_dot_product_attention(query, key, value)
+        return self.output(packing.pack(context), x_TD)
+
+
+class Intermediate(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.width, 4 * config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.dense(x))
+
+
+class Layer(nn.Module):
+    """One BERT layer (post-LayerNorm), with cross-attention to the image between its two halves if it fuses."""
+
+    def __init__(self, config: ModelConfig, fuses: bool):
+        super().__init__()
+        self.attention = Attention(config)
+        if fuses:
+            self.crossattention = CrossAttention(config)
+        self.intermediate = Intermediate(config)
+        self.output = SelfOutput(4 * config.width, config.width)
+
+    def forward(self, x_TD: Tensor, packing: Packing, image_BND=None, caption_image=None) -> Tensor:
+        x_TD = self.attention(x_TD, packing)
+        if image_BND is not None:
+            x_TD = self.crossattention(x_TD, packing, image_BND, caption_image)
+        return self.output(self.intermediate(x_TD), x_TD)
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.width)
+        self.position_embeddings = nn.Embedding(config.max_positions, config.width)
+        self.LayerNorm = nn.LayerNorm(config.width, eps=1e-12)
+
+    def forward(self, tokens: Tensor, position: Tensor) -> Tensor:
+        return self.LayerNorm(self.word_embeddings(tokens) + self.position_embeddings(position))
+
+
+class MLMHead(nn.Module):
+    """BERT's prediction head; its decoder is the word embedding."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.width, config.width)
+        self.LayerNorm = nn.LayerNorm(config.width, eps=1e-12)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def transform(self, rows_MD: Tensor) -> Tensor:
+        return self.LayerNorm(F.gelu(self.dense(rows_MD)))
+
+    def forward(self, rows_MD: Tensor, weight_VD: Tensor, targets, num_masked, bins) -> MaskedLMLoss:
+        return masked_lm_loss(self.transform(rows_MD), weight_VD, self.bias, targets, num_masked, bins)
+
+
+class PosMaskModel(nn.Module):
+    """Image encoder, text encoder, fusion encoder and MLM head."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        assert config.vocab_size > 0, "the vocabulary comes from the shards"
+        self.config = config
+        self.image = ImageEncoder(config)
+        self.embeddings = Embeddings(config)
+        self.text = nn.ModuleList(Layer(config, fuses=False) for _ in range(config.num_text_layers))
+        self.fusion = nn.ModuleList(Layer(config, fuses=True) for _ in range(config.num_fusion_layers))
+        self.head = MLMHead(config)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding) and not name.startswith(("image.stem", "image.stages")):
+                nn.init.normal_(module.weight, std=0.02)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+
+    def encode_text(self, tokens: Tensor, packing: Packing) -> Tensor:
+        """tokens (T,) int32 -> (T, D), before any image is seen."""
+        x_TD = self.embeddings(tokens, packing.position)
+        for layer in self.text:
+            x_TD = layer(x_TD, packing)
+        return x_TD
+
+    def fuse(self, text_TD: Tensor, packing: Packing, image_BND: Tensor, caption_image: Tensor) -> Tensor:
+        """(T, D) x (B, N, D) -> (T, D); caption_image (C,) int32 says which image each caption belongs to."""
+        for layer in self.fusion:
+            text_TD = layer(text_TD, packing, image_BND, caption_image)
+        return text_TD
+
+    def predict(self, hidden_TD: Tensor, index: Tensor, targets: Tensor, num_masked: Tensor, bins=None) -> MaskedLMLoss:
+        """The masked-LM loss at rows `index` (M,) of hidden_TD; see `masked_lm_loss` for the rest."""
+        rows_MD = hidden_TD.index_select(0, index)
+        return self.head(rows_MD, self.embeddings.word_embeddings.weight, targets, num_masked, bins)
+
+    def logits(self, rows_MD: Tensor) -> Tensor:
+        """(M, D) of fused text -> (M, V), for evaluations that want more than the loss."""
+        return F.linear(self.head.transform(rows_MD), self.embeddings.word_embeddings.weight, self.head.bias)
+
+    def forward(self, batch, masked, bins: Tensor | None) -> MaskedLMLoss:
+        """batch: `loader.Batch` on the device; masked: `MaskedTokens` of it; bins (M,): POS of each masked row."""
+        packing = Packing.of(batch.caption_starts, batch.tokens.numel(), batch.max_caption_tokens)
+        image_BND = self.image(batch.images)
+        hidden_TD = self.fuse(self.encode_text(masked.tokens, packing), packing, image_BND, batch.caption_image)
+        return self.predict(hidden_TD, masked.index, masked.targets, masked.num_masked, bins)
+
+
+def _replace_batch_norm(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if type(child) is nn.BatchNorm2d:
+            ours = BatchNorm2d(child.num_features, eps=child.eps, momentum=child.momentum)
+            ours.load_state_dict(child.state_dict())
+            setattr(module, name, ours)
+        else:
+            _replace_batch_norm(child)
