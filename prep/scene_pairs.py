@@ -89,12 +89,14 @@ def _counting(allowed: Callable[[int, int], bool]) -> Proposal:
     return propose
 
 
-def relation_of(scene: Scene, i: int, color: bool = False) -> Statement | None:
+def relation_of(scene: Scene, i: int) -> Statement | None:
+    """ "Some balls are above a star" of group i, if there is a word for how it stands to another noun's group."""
     if len(scene.groups) == 1 or not relations(scene, i, 1 - i):
         return None
     a, b = scene.groups[i], scene.groups[1 - i]
-    subject = _one(a, color=a.color if color else None)
-    return Statement(subject, relation=relations(scene, i, 1 - i)[0], object=_one(b))
+    if a.noun == b.noun:
+        return None
+    return Statement(_one(a), relation=relations(scene, i, 1 - i)[0], object=_one(b))
 
 
 def _relations(scene: Scene, i: int, rng: random.Random) -> Iterator[Pair]:

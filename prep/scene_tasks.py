@@ -15,6 +15,7 @@ from posmask.prep.scene_world import LAYOUTS, Scene, sample_group
 from posmask.prep.scenes import belongs, scene_at
 
 MAX_PAIRS = 60  # mirrored pairs of one VALSE or SugarCrepe file: twice as many items
+SAME_NOUN_SHARE = 0.2  # of twins: "exactly one red ball" says more than "one ball" only where there are other balls
 FOIL_FILE = "foilv1.0_test_2017.json"
 
 
@@ -34,9 +35,12 @@ def _twin(scene: Scene, seed: int, index: int) -> Scene:
             if a.size != b.size:
                 groups = [replace(groups[0], size=b.size), replace(groups[1], size=a.size)]
             groups = groups[::-1] if rng.random() < 0.5 else groups
+            if rng.random() < SAME_NOUN_SHARE:
+                groups[1] = replace(groups[1], noun=groups[0].noun)
             layout = rng.choice(LAYOUTS)
         twin = Scene(tuple(groups), layout)
-        if twin != scene and belongs(twin, "eval"):
+        distinct = len({(group.noun, group.color) for group in groups}) == len(groups)
+        if distinct and twin != scene and belongs(twin, "eval"):
             return twin
 
 

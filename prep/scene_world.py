@@ -25,7 +25,7 @@ PLACES = ("left", "right", "top", "bottom", "centre")
 # nested: the first is behind, between or among the second's one, two or more objects.
 LAYOUTS = ("column", "row", "nested")
 LAYOUT_WEIGHTS = (36, 28, 36)
-ALONE_SHARE = 0.4
+ALONE_SHARE = 0.28
 VERB_SHARE = 0.8
 
 
@@ -96,7 +96,7 @@ def sample_group(rng: random.Random) -> Group:
 
 
 def sample_scene(rng: random.Random) -> Scene:
-    """A scene of two groups (three of five) or one; two groups never share both noun and colour."""
+    """A scene of two groups (seven of ten) or one; two groups never share both noun and colour."""
     if rng.random() < ALONE_SHARE:
         return Scene((sample_group(rng),), rng.choice(PLACES))
     while True:

@@ -59,9 +59,7 @@ def save_checkpoint(engine, world: World, run: Path, step: int, state: dict, kee
         partial.mkdir(parents=True)
         save_file(weights, partial / "weights.safetensors")
         save_file(moments, partial / "optimizer.safetensors")
-        # Not `step`: ZeRO 0 in bf16 makes its state with a step of its own.
-        adam_step = max(float(entry["step"]) for entry in _adam(engine).state.values())
-        (partial / "state.json").write_text(json.dumps({"step": step, "adam_step": adam_step, **state}, indent=2) + "\n")
+        (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for _, old in checkpoints(run)[:-keep]:
@@ -114,7 +112,7 @@ def restore(engine, folder: Path, warm_up: Callable[[], None]) -> dict:
         persistent[0].partition(persistent)
         persistent[0].all_gather(persistent)
     for entry in _adam(engine).state.values():
-        entry["step"].fill_(state["adam_step"])
+        entry["step"].fill_(state["step"])
     with torch.no_grad():
         for name, buffer in engine.module.named_buffers():
             buffer.copy_(weights[name])
@@ -218,7 +216,7 @@ def _set(engine, param: nn.Parameter, moment: str | None, value: Tensor) -> None
 
 
 def _link_moments(engine) -> None:
-    """DeepSpeed (0.19.8, ZeRO 1 and 2) links the moments after the step of its first parameter group alone: once more."""
+    """DeepSpeed 0.19.8 (ZeRO 1 and 2) links the moments after the step of its first parameter group: link all of them."""
     if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()

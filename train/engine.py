@@ -147,13 +147,16 @@ def make_engine(model: torch.nn.Module, config: RunConfig, settings: dict, devic
     decayed = [p for p in model.parameters() if p.ndim > 1]
     kept = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    # A client optimizer: an "optimizer" section would compile FusedAdam.
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    # The loop sets the learning rate. A client optimizer: an "optimizer" section would compile FusedAdam.
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-6, fused=True)
     if "bf16" not in settings and settings["zero_optimization"]["stage"] == 0:
         # Here alone DeepSpeed steps our optimizer itself, and drops the gradient norm; it reads this attribute.
         settings = settings | {"gradient_clipping": 0.0}
         optimizer.register_step_pre_hook(lambda *_: _clip(optimizer, config.grad_clip))
     engine, *_ = deepspeed.initialize(model=model.to(device), optimizer=optimizer, config=settings)
+    # ZeRO 0 in bf16 makes the optimizer's state with a step of its own, which would count in the bias correction.
+    for entry in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values():
+        entry["step"].zero_()
     return engine
 
 
