@@ -341,7 +341,7 @@ def _say_only(scene: Scene, i: int, rng: random.Random) -> list[Word]:
 
 # Weights put each part of speech in a good share of the captions; negation is rare, as a picture says little about it.
 KINDS: dict[Callable[[Scene, int, random.Random], list[Word]], int] = {
-    _say_what: 14, _say_both: 8, _say_action: 26, _say_relation: 40, _say_number: 8, _say_trait: 6, _say_not: 4,
+    _say_what: 16, _say_both: 5, _say_action: 30, _say_relation: 32, _say_number: 8, _say_trait: 6, _say_not: 3,
     _say_only: 2,
 }  # fmt: skip
 

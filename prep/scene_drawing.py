@@ -77,9 +77,10 @@ def _box(pen: Pen) -> None:
 
 
 def _car(pen: Pen) -> None:
-    pen.polygon((0.22, 0.2), (0.7, 0.2), (0.84, 0.45), (1, 0.5), (1, 0.74), (0, 0.74), (0, 0.45), (0.12, 0.45))
-    pen.disc(0.24, 0.76, 0.17)
-    pen.disc(0.76, 0.76, 0.17)
+    pen.box(0, 0.5, 1, 0.74)
+    pen.polygon((0.12, 0.52), (0.28, 0.22), (0.66, 0.22), (0.84, 0.52))
+    pen.disc(0.22, 0.76, 0.14)
+    pen.disc(0.78, 0.76, 0.14)
 
 
 def _cross(pen: Pen) -> None:
@@ -159,7 +160,7 @@ def _fall(pen: Pen, strength: int) -> None:
 def _wings(pen: Pen, strength: int) -> None:
     reach = (0.3, 0.15, 0)[strength]
     for mirror in (False, True):
-        wing = [(0.36, 0.62), (0.0, reach), (0.0, 0.45 + reach / 2), (0.06, 0.6), (0.16, 0.7)]
+        wing = [(0.28, 0.62), (0.0, reach), (0.0, 0.45 + reach / 2), (0.05, 0.6), (0.12, 0.7)]
         pen.polygon(*((1 - x, y) if mirror else (x, y) for x, y in wing))
 
 
@@ -219,7 +220,7 @@ MARKS: dict[str, tuple[Layer, ...]] = {
     ),
     "melting": (Layer(_puddle, True, None, outlined=True),),
     "singing": (Layer(_notes, True, INK),),
-    "spinning": (Layer(_spin, True, INK),),
+    "spinning": (Layer(_spin, True, (0, 128, 128)),),
     "swimming": (Layer(_waves, True, (30, 130, 200), opacity=190),),
 }
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from posmask.prep.scene_world import Group, Scene
 
 # A small object alone stays below four big ones, so that the word does not depend on the count.
-BIG = {1: 0.48, 2: 0.42, 3: 0.31, 4: 0.29}
-SMALL = {1: 0.28, 2: 0.25, 3: 0.19, 4: 0.18}
+BIG = {1: 0.52, 2: 0.44, 3: 0.36, 4: 0.35}
+SMALL = {1: 0.33, 2: 0.29, 3: 0.24, 4: 0.23}
 ROWS = {1: (1,), 2: (2,), 3: (3,), 4: (2, 2)}
 SPACING = 1.12  # centres of neighbours, in diameters
 ALONE_ZOOM = 1.25  # a group alone has the room to be larger
-MARGIN = 0.06  # room for a mark around a group; kept where there is none, so that the size of an object tells no action
+MARGIN = 0.05  # room for a mark around a group; kept where there is none, so that the size of an object tells no action
 
 
 def polar(angle: float, radius: float, x: float = 0.5, y: float = 0.5) -> tuple[float, float]:

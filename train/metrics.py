@@ -57,7 +57,14 @@ class Window:
         self.overflow = torch.zeros((), dtype=torch.float64, device=world.device)
         self.done = dict.fromkeys(("images", "captions", "tokens"), 0)
         self.total_s = self.wait_s = 0.0
-        self.restart_clock()
+        self.since_s = time.monotonic()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is not part of a step: checkpoints, snapshots, validations."""
+        self._stop_clock()
+        yield
+        self.since_s = time.monotonic()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -72,12 +79,9 @@ class Window:
         self.done["captions"] += batch.caption_image.numel()
         self.done["tokens"] += batch.tokens.numel()
 
-    def restart_clock(self) -> None:
-        """The clock runs during steps only, not while a checkpoint or a validation is made."""
-        self.since_s = time.monotonic()
-
-    def stop_clock(self) -> None:
-        self.total_s += time.monotonic() - self.since_s
+    def _stop_clock(self) -> None:
+        now_s = time.monotonic()
+        self.total_s, self.since_s = self.total_s + now_s - self.since_s, now_s
 
     def close(self, stop_requested: bool) -> tuple[dict, dict, bool]:
         """(values of the log line, counts to add to the totals, whether any rank was asked to stop); starts afresh."""
@@ -86,7 +90,7 @@ class Window:
         *counts, stopping, dropped = self.world.sum(torch.cat([sums, self.overflow[None]])).tolist()
         assert dropped == 0, f"{dropped:.0f} masked tokens did not fit their static capacity"
         totals = dict(zip(self.done, map(int, counts), strict=True)) | {"masked_tokens": values.pop("masked")}
-        self.stop_clock()
+        self._stop_clock()
         values |= {f"{name}_per_s": round(count / self.total_s, 1) for name, count in totals.items()}
         values["data_wait_share"] = round(self.wait_s / self.total_s, 4)
         self.done = dict.fromkeys(self.done, 0)

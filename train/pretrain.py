@@ -142,15 +142,17 @@ def train(config, world, engine, loader, plan, accumulation, log, validate, run,
                 if world.is_main and bar.disable and (last or step % (10 * config.log_every) == 0):
                     print(f"step {step}/{config.steps} {metrics.describe(values)}", flush=True)
                 if checkpoint_due or stopping:
-                    state = {"counters": log.state(), "world_size": world.size}
-                    checkpoint.save_checkpoint(engine, world, run, step, state, config.keep_checkpoints)
+                    with window.paused():
+                        state = {"counters": log.state(), "world_size": world.size}
+                        checkpoint.save_checkpoint(engine, world, run, step, state, config.keep_checkpoints)
                 if stopping and not last:
                     return False
             if step in snapshots:
-                checkpoint.save_snapshot(engine, world, run, step)
-            if last or (config.eval_every and step % config.eval_every == 0):
-                log.write(step, {"val": validate(engine)} if validate else {})
-            window.restart_clock()
+                with window.paused():
+                    checkpoint.save_snapshot(engine, world, run, step)
+            if validate and (last or (config.eval_every and step % config.eval_every == 0)):
+                with window.paused():
+                    log.write(step, {"val": validate(engine)})
     return True
 
 
