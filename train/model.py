@@ -200,9 +200,11 @@ class PosMaskModel(nn.Module):
         self.text = nn.ModuleList(Layer(config, fuses=False) for _ in range(config.num_text_layers))
         self.fusion = nn.ModuleList(Layer(config, fuses=True) for _ in range(config.num_fusion_layers))
         self.head = MLMHead(config)
+        # BERT's 0.02 at its width of 768; a narrower model needs more, or its attention begins as a plain average.
+        std = 0.02 * (768 / config.width) ** 0.5
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding) and not name.startswith(("image.stem", "image.stages")):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=std)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
 
