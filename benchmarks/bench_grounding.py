@@ -3,7 +3,7 @@
     python benchmarks/bench_grounding.py --arms noun --steps 800
     python benchmarks/bench_grounding.py --arms adj verb adp num --steps 400
 
-The text-only twin is the same run with --blank-rate 1: what an arm learns beyond it, it learned by looking. All words of
+The text-only twin is the same run with --blank-rate 1: what an arm learns beyond it came from looking. All words of
 the arm are masked at once, as in training. Finished runs are not trained again. Rows go to results/grounding.json,
 and the last line printed is JSON.
 """
@@ -40,7 +40,7 @@ def measure(arm: str, steps: int, blank_rate: float, runs: Path) -> dict:
     probe = run(str(ROOT / "eval/run.py"), "probe", "--checkpoint", out, "--all-at-once", "--words-per-pos", "0")
     entry = json.loads(probe.splitlines()[-1])["pos"][arm]
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return {"loss": entry["loss"], "top1": entry["top1"], "words": entry["words"], "train_s": round(lines[-1]["time_s"])}
+    return {key: entry[key] for key in ("loss", "top1", "words")} | {"train_s": round(lines[-1]["time_s"])}
 
 
 def main() -> None:

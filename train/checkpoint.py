@@ -216,7 +216,7 @@ def _set(engine, param: nn.Parameter, moment: str | None, value: Tensor) -> None
 
 
 def _link_moments(engine) -> None:
-    """DeepSpeed 0.19.8 (ZeRO 1 and 2) links the moments after the step of its first parameter group: link all of them."""
+    """DeepSpeed 0.19.8 (ZeRO 1, 2) links the moments after the step of its first parameter group: link them all."""
     if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
