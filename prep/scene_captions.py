@@ -218,7 +218,7 @@ def phrase_of(group: Group, rng: random.Random, color: float = 0.6, size: float 
 
 # spaCy calls the "is" of "there is" a verb, one that needs no picture: rare, so that VERB stays a matter of actions.
 INTRODUCTIONS = ("plain",) * 10 + ("here",) * 8 + ("there",)
-SINGULAR_CHOICE = ("a", "a", "a", "the", "the", "number")
+SINGULAR_CHOICE = ("a", "a", "a", "the", "the")
 PLURAL_CHOICE = ("number", "number", "number", "number", "some", "the-plural", "all", "both", "every", "each")
 
 
@@ -297,7 +297,8 @@ def _say_relation(scene: Scene, i: int, rng: random.Random) -> list[Word]:
 def _say_number(scene: Scene, i: int, rng: random.Random) -> list[Word]:
     phrase = phrase_of(scene.groups[i], rng, size=0.1, texture=0.2)
     number = _count(scene, lambda j: phrase.fits(scene, j))
-    if number >= len(NUMBERS):
+    # A singular noun gives "one" away, so it is rare, that NUM stays a matter of counting.
+    if number >= len(NUMBERS) or (number == 1 and rng.random() < 0.6):
         return _say_what(scene, i, rng)
     return words(Statement(NounPhrase("exactly", phrase, number)), rng.choice(INTRODUCTIONS))
 

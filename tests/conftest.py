@@ -64,3 +64,13 @@ def make_text():
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """A small build of the default source: train (300 images), val (30) and eval."""
+    from posmask.prep.build_shards import main
+
+    out = tmp_path_factory.mktemp("data") / "scenes"
+    assert main(["--num-scenes", "300", "--tokenizer", "train:500", "--workers", "2", "--out", str(out)]) == 0
+    return out
