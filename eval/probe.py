@@ -214,11 +214,11 @@ def describe(batch: Batch, holes: Holes, owner: np.ndarray, scores: dict, best: 
 
 
 def make_table(title: str, pos: dict) -> str:
-    """Rows by image gain, the largest first."""
+    """Rows by loss with the image: what the arm has learned comes first."""
     header = ["POS", "words", "loss image", "blank", "other", "image gain"]
     header += ["top-1 image", "blank", "other", "top-5 image"]
     rows = []
-    for name, entry in sorted(pos.items(), key=lambda item: -item[1]["image_gain"]):
+    for name, entry in sorted(pos.items(), key=lambda item: item[1]["loss"]["image"]):
         loss, top1, top5 = entry["loss"], entry["top1"], entry["top5"]
         rows.append(
             [name, f"{entry['words']:,}"]
@@ -233,7 +233,7 @@ def make_table(title: str, pos: dict) -> str:
 def draw(figure: Figure, pos: dict, title: str) -> None:
     """Left: loss with and without the image; right: top-1. One group of bars a part of speech."""
     figure.suptitle(title, fontsize=9)
-    names = sorted(pos, key=lambda name: -pos[name]["image_gain"])
+    names = sorted(pos, key=lambda name: pos[name]["loss"]["image"])
     x = np.arange(len(names))
     measures = ("loss", "loss [nats/piece]"), ("top1", "top-1 accuracy")
     for axis, (key, label) in zip(figure.subplots(1, 2), measures, strict=True):
