@@ -1,4 +1,4 @@
-"""JPEG bytes to square uint8 images: DALI (on the GPU where there is one), or torchvision on the CPU.
+"""JPEG bytes to square uint8 images: DALI (on the GPU where there is one), or Pillow on the CPU.
 
 Both take the crop of each sample as shares of the image, so that it follows the sample and not a generator's state.
 The two decoders differ by a few grey levels; a run uses one of them throughout.
@@ -7,12 +7,13 @@ The two decoders differ by a few grey levels; a run uses one of them throughout.
 from __future__ import annotations
 
 import importlib.util
+import io
 import logging
 from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 log = logging.getLogger("posmask")
@@ -32,7 +33,7 @@ class Decoder(Protocol):
 def make_decoder(decode: str, image_size: int, max_images: int, device: torch.device) -> Decoder:
     """`decode` is auto (DALI if it is installed, and says so if not), dali or cpu."""
     if decode == "auto" and importlib.util.find_spec("nvidia.dali") is None:
-        log.warning("--decode auto: nvidia-dali is not installed, decoding with torchvision on the CPU")
+        log.warning("--decode auto: nvidia-dali is not installed, decoding with Pillow on the CPU")
         decode = "cpu"
     return CpuDecoder(image_size, device) if decode == "cpu" else DaliDecoder(image_size, max_images, device)
 
@@ -79,43 +80,34 @@ class DaliDecoder:
 
 
 class CpuDecoder:
-    """torchvision's JPEG decoder and torch's antialiased resize, one sample after the other."""
+    """Pillow, one sample after the other; its resize antialiases and takes a fractional crop."""
 
     def __init__(self, image_size: int, device: torch.device):
         self.image_size = image_size
         self.device = device
 
     def __call__(self, encoded: list[np.ndarray], anchors: np.ndarray, shapes: np.ndarray, keys: list[str]) -> Tensor:
+        size = (self.image_size, self.image_size)
         images = []
         for data, (x, y), (w, h), key in zip(encoded, anchors, shapes, keys, strict=True):
-            try:
-                image = _decode_jpeg(data)
-            except RuntimeError as error:
-                raise _undecodable(key, error) from error
-            _, height, width = image.shape
-            top, left = round(y * height), round(x * width)
-            image = image[:, top : top + max(1, round(h * height)), left : left + max(1, round(w * width))]
-            size = (self.image_size, self.image_size)
-            images.append(F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0])
-        return torch.stack(images).permute(0, 2, 3, 1).to(self.device)
+            image = _open(data, key)
+            box = (x * image.width, y * image.height, min(1, x + w) * image.width, min(1, y + h) * image.height)
+            images.append(np.asarray(image.resize(size, Image.Resampling.BILINEAR, box=tuple(map(float, box)))))
+        return torch.from_numpy(np.stack(images)).to(self.device)
 
 
-def _decode_jpeg(data: np.ndarray) -> Tensor:
-    from torchvision.io import ImageReadMode, decode_jpeg
-
-    return decode_jpeg(torch.from_numpy(data.copy()), mode=ImageReadMode.RGB)
+def _open(data: np.ndarray, key: str) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except (OSError, SyntaxError) as error:  # Pillow says SyntaxError of a broken header
+        raise UndecodableImage(f"the image of sample {key!r} cannot be decoded; build the shards again") from error
 
 
 def _name_undecodable(encoded: list[np.ndarray], keys: list[str], error: RuntimeError) -> Exception:
-    """DALI fails a whole batch: find the samples, so that the user can remove them."""
+    """DALI fails a whole batch: find the sample, so that the user can remove it."""
     for data, key in zip(encoded, keys, strict=True):
         try:
-            _decode_jpeg(data)
-        except RuntimeError as reason:
-            return _undecodable(key, reason)
+            _open(data, key)
+        except UndecodableImage as named:
+            return named
     return error
-
-
-def _undecodable(key: str, reason: Exception) -> UndecodableImage:
-    first_line = str(reason).strip().splitlines()[0]
-    return UndecodableImage(f"the image of sample {key!r} cannot be decoded ({first_line}); build the shards again")

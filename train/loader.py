@@ -210,8 +210,7 @@ class Loader:
         self, shards: Shards, collate: Collator, *, seed: int, batch_size: int, micro_batch_size: int,
         rank: int, world_size: int, start_step: int = 0, num_steps: int, prefetch: int = 2,
     ):  # fmt: skip
-        if len(shards) < batch_size:
-            raise ValueError(f"{', '.join(shards.folders)}: {len(shards)} images, fewer than --batch-size {batch_size}")
+        assert len(shards) >= batch_size, "an epoch without a batch"
         self.shards, self.collate = shards, collate
         self.seed, self.batch_size, self.micro_batch_size = seed, batch_size, micro_batch_size
         self.rank, self.world_size = rank, world_size

@@ -65,6 +65,8 @@ def pretrain(config: RunConfig, world: World, stop: StopSignal) -> int:
     micro_batch_size, accumulation = config.micro_batches(world.size)
     settings = deepspeed_settings(config, micro_batch_size, accumulation)
     shards = Shards(config.data)
+    if len(shards) < config.batch_size:
+        raise ValueError(f"--data has {len(shards)} images, fewer than --batch-size {config.batch_size}")
     plan = make_plan(config, shards)
     model_config = make_model_config(config, shards)
     torch.manual_seed(config.seed)  # the initial weights; everything else is drawn from counters

@@ -1,0 +1,122 @@
+"""Mistakes of users: one clear line, exit code 2, nothing written."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from posmask.eval import run as evaluate
+from posmask.train import pretrain
+
+
+@pytest.fixture(scope="module")
+def tiny_run(scenes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "noun"
+    argv = ["--mask", "noun", "--data", f"{scenes}/train", "--out", str(out), "--steps", "2", "--batch-size", "8"]
+    assert pretrain.main([*argv, "--eval-images", "8"]) == 0
+    return out
+
+
+def train_args(scenes, out, *more, mask="noun"):
+    return ["--mask", mask, "--data", f"{scenes}/train", "--out", str(out), "--steps", "2", "--batch-size", "8", *more]
+
+
+@pytest.mark.parametrize(
+    ("mask", "flags", "says"),
+    [
+        ("nouns", [], ["'nouns' is unknown", "noun", "whole-word"]),
+        ("none", [], ["only objective"]),
+        ("whole-word", ["--mask-amount", "all"], ["whole-word", "--mask-amount all"]),
+        ("noun", ["--mask-rate", "0.3"], ["--mask-rate 0.3", "contradicts"]),
+        ("noun", ["--replace", "0.8,0.1,0.2"], ["sum to 1"]),
+        ("noun", ["--micro-batch-size", "3"], ["--batch-size 8", "--micro-batch-size 3"]),
+        ("noun", ["--steps", "0"], ["--steps 0", "at least 1"]),
+        ("noun", ["--blank-rate", "2"], ["--blank-rate 2"]),
+        ("noun", ["--crop-scale", "1,0.5"], ["--crop-scale 1.0,0.5"]),
+        ("noun", ["--batch-size", "4000"], ["300 images", "--batch-size 4000"]),
+        ("noun", ["--deepspeed_config", "absent.json"], ["absent.json", "no such file"]),
+        ("noun", ["--data", "absent"], ["absent"]),
+        ("noun", ["--val", "absent"], ["absent"]),
+        ("noun", ["--resume", "absent"], ["absent", "no such run"]),
+        ("noun", ["--text-weights", "./absent.safetensors"], ["absent.safetensors"]),
+    ],
+)
+def test_pretrain_refuses(scenes, tmp_path, capsys, mask, flags, says):
+    out = tmp_path / "run"
+    assert pretrain.main(train_args(scenes, out, *flags, mask=mask)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert all(word in lines[0] for word in says), lines[0]
+    assert not out.exists()
+
+
+def test_malformed_flag_exits_with_2(capsys):
+    for argv in (["--mask", "noun", "--zero-stage", "4"], ["--mask", "noun", "--stepz", "3"], []):
+        with pytest.raises(SystemExit) as stopped:
+            pretrain.main(argv)
+        assert stopped.value.code == 2
+    capsys.readouterr()
+
+
+def test_shards_of_another_version(scenes, tmp_path, capsys):
+    shutil.copytree(scenes / "val", tmp_path / "shards")
+    path = tmp_path / "shards" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
+    argv = train_args(scenes, tmp_path / "run", "--data", str(tmp_path / "shards"))
+    assert pretrain.main(argv) == 2
+    line = capsys.readouterr().err
+    assert "99" in line and "reads 1" in line
+
+
+def test_forbidden_deepspeed_key(scenes, tmp_path, capsys):
+    path = tmp_path / "ds.json"
+    path.write_text('{"train_batch_size": 4}')
+    assert pretrain.main(train_args(scenes, tmp_path / "run", "--deepspeed_config", str(path))) == 2
+    assert "train_batch_size" in capsys.readouterr().err
+
+
+def test_folder_of_another_run(scenes, tiny_run, capsys):
+    before = (tiny_run / "config.json").read_bytes()
+    assert pretrain.main(train_args(scenes, tiny_run, "--lr", "0.5", "--eval-images", "8")) == 2
+    assert "--lr: 0.001 there, 0.5 now" in capsys.readouterr().err
+    assert pretrain.main(train_args(scenes, tiny_run, "--resume", "never", "--eval-images", "8")) == 2
+    assert (tiny_run / "config.json").read_bytes() == before
+
+
+def test_checkpoint_of_another_preset(scenes, tiny_run, tmp_path, capsys):
+    argv = train_args(scenes, tmp_path / "run", "--preset", "base", "--resume", str(tiny_run))
+    assert pretrain.main(argv) == 2
+    assert "preset laptop" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_probe_refuses(scenes, tiny_run, tmp_path, capsys):
+    for argv, says in (
+        (["--checkpoint", str(tmp_path / "absent")], "no such run"),
+        (["--checkpoint", str(tmp_path)], "not a run folder"),
+        (["--checkpoint", f"{tiny_run}@77"], "no weights of that step"),
+        (["--checkpoint", str(tiny_run), "--data", str(tmp_path / "absent")], "no such folder"),
+    ):
+        assert evaluate.main(["probe", *argv, "--out", str(tmp_path / "out")]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and says in lines[0]
+        assert not (tmp_path / "out").exists()
+    other = tmp_path / "val"
+    shutil.copytree(scenes / "val", other)
+    vocabulary = other / "tokenizer" / "vocab.txt"
+    vocabulary.write_text(vocabulary.read_text() + "zzz\n")
+    assert evaluate.main(["probe", "--checkpoint", str(tiny_run), "--data", str(other)]) == 2
+    assert "another tokenizer" in capsys.readouterr().err
+
+
+def test_no_traceback_from_the_command():
+    # Runs in this process have completed a launcher's variables: the port among them is taken.
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
+    env = {key: value for key, value in os.environ.items() if key not in launcher}
+    command = [sys.executable, "-m", "posmask.train.pretrain", "--mask", "noun", "--data", "absent"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr and "absent" in done.stderr

@@ -1,0 +1,148 @@
+"""Samples, crops, captions and blanks: drawn from counters, the same on any number of ranks."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from posmask.kernels.philox import U32
+from posmask.train.decode import CpuDecoder, DaliDecoder, UndecodableImage
+from posmask.train.loader import Collator, Loader, Shards, View, evaluation_batches
+from posmask.train.masking import parse_mask
+from posmask.train.objectives import mask_batch
+
+CPU = torch.device("cpu")
+VIEW = View(3, 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def view(**changes):
+    return View(**(VIEW.__dict__ | changes))
+
+
+@pytest.fixture(scope="module")
+def shards(scenes):
+    return Shards((f"{scenes}/train",))
+
+
+def collect(shards, seen, ranks, steps, micro_batch_size, start_step=0):
+    """Per step, the micro-batches of all ranks in rank order."""
+    loaders = [
+        Loader(shards, Collator(seen, 0, micro_batch_size, "cpu", CPU), seed=seen.seed, batch_size=32,
+               micro_batch_size=micro_batch_size, rank=rank, world_size=ranks, start_step=start_step, num_steps=steps)
+        for rank in range(ranks)
+    ]  # fmt: skip
+    batches = [list(loader) for loader in loaders]
+    for loader in loaders:
+        loader.close()
+    per_step = 32 // ranks // micro_batch_size
+    spans = [slice(i * per_step, (i + 1) * per_step) for i in range(steps - start_step)]
+    return [[batch for rank in batches for batch in rank[span]] for span in spans]
+
+
+@pytest.mark.parametrize("spec", ["noun", "random", "whole-word", "matched:noun"])
+def test_one_rank_and_two_see_the_same(shards, spec):
+    seen = view(captions_per_image=2, blank_rate=0.3, crop_scale=(0.6, 1.0))
+    tokenizer = shards.manifest.tokenizer
+    vocabulary = {"mask_id": tokenizer.mask_id, "vocab_size": 500, "never_drawn": tokenizer.reserved_ids}
+    plan = parse_mask(spec, tokenizer=vocabulary, bits_computed=shards.manifest.bits_computed, max_tokens=48)
+    # 11 steps of 32 cross the end of the first epoch of 300 images.
+    one, two = collect(shards, seen, 1, 11, 32), collect(shards, seen, 2, 11, 8)
+    resumed = collect(shards, seen, 2, 11, 16, start_step=7)
+    for step, batches in enumerate(one):
+        for others in [two[step]] + ([resumed[step - 7]] if step >= 7 else []):
+            results = []
+            for group in (batches, others):
+                masked = [mask_batch(batch, plan, seed=3) for batch in group]
+                results.append((
+                    torch.cat([torch.from_numpy(b.sample_ids.view(np.int64)) for b in group]),
+                    torch.cat([m.tokens for m in masked]),
+                    torch.cat([m.targets[: int(m.num_masked)] for m in masked]),
+                    torch.cat([b.images for b in group]),
+                ))  # fmt: skip
+            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+            assert len(results[0][2]) > 0
+
+
+def test_an_epoch_is_a_permutation(shards):
+    orders = [shards.order(3, epoch) for epoch in (0, 1)]
+    for order in orders:
+        assert sorted(order.tolist()) == list(range(300))
+    assert (orders[0] != orders[1]).mean() > 0.9
+    assert np.array_equal(orders[0], shards.order(3, 0))
+
+
+def test_captions_are_drawn_without_replacement(shards):
+    samples = [shards[i] for i in range(64)]
+    drawn = {}
+    for epoch in (0, 1):
+        batch = Collator(view(captions_per_image=2), 0, 64, "cpu", CPU)(samples, epoch)
+        per_image = [[] for _ in samples]
+        for image, key in zip(batch.caption_image.tolist(), batch.caption_key.tolist(), strict=True):
+            per_image[image].append(key[0])
+        for sample, captions in zip(samples, per_image, strict=True):
+            assert len(captions) == min(2, len(sample["caption_lengths"])) == len(set(captions))
+        drawn[epoch] = per_image
+    assert drawn[0] != drawn[1]
+
+
+def test_batch_layout(shards):
+    samples = [shards[i] for i in range(16)]
+    batch = Collator(VIEW, 0, 16, "cpu", CPU)(samples, 0)
+    assert np.array_equal(batch.tokens.numpy(), np.concatenate([s["tokens"] for s in samples]).astype(np.int32))
+    lengths = np.concatenate([s["caption_lengths"] for s in samples])
+    assert np.array_equal(np.diff(batch.host_caption_starts), lengths) and batch.max_caption_tokens == lengths.max()
+    ids = [int(s["id"]) for s in samples]
+    words = batch.caption_key.numpy().view(np.uint32).astype(np.uint64)
+    rebuilt = (words[:, 2] << np.uint64(32)) | (words[:, 1] & np.uint64(U32))
+    assert [int(i) for i in rebuilt] == [ids[i] for i in batch.caption_image.tolist()]
+    assert batch.images.shape == (16, 3, 32, 32) and batch.images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_blank_images_follow_the_sample(shards):
+    samples = [shards[i] for i in range(300)]
+    blanks = {}
+    for size in (300, 50):
+        collate = Collator(view(blank_rate=0.3), 0, size, "cpu", CPU)
+        images = torch.cat([collate(samples[i : i + size], 0).images for i in range(0, 300, size)])
+        blanks[size] = (images == 0).flatten(1).all(1)
+    assert torch.equal(blanks[300], blanks[50])
+    assert abs(blanks[300].float().mean() - 0.3) < 4 * (0.3 * 0.7 / 300) ** 0.5
+
+
+def test_crops_stay_inside_and_mild(shards):
+    collate = Collator(view(crop_scale=(0.5, 0.9)), 0, 4, "cpu", CPU)
+    anchors, shapes = collate._crops(np.arange(4000, dtype=np.uint64), 0)
+    area = shapes.prod(1)
+    assert (anchors >= 0).all() and (anchors + shapes <= 1 + 1e-6).all() and (shapes <= 1 + 1e-6).all()
+    assert 0.5 - 1e-5 <= area.min() < 0.52 and 0.88 < area.max() <= 0.9 + 1e-5
+    assert abs(np.log(shapes[:, 0] / shapes[:, 1]).mean()) < 0.05, "as often wide as tall"
+
+
+def test_dali_and_cpu_decoder_agree(shards):
+    encoded = [np.frombuffer(shards[i]["image"], np.uint8) for i in range(16)]
+    anchors, shapes = np.full((16, 2), 0.1, np.float32), np.full((16, 2), 0.8, np.float32)
+    keys = [str(i) for i in range(16)]
+    dali = DaliDecoder(32, 16, CPU)(encoded, anchors, shapes, keys).float()
+    cpu = CpuDecoder(32, CPU)(encoded, anchors, shapes, keys).float()
+    assert dali.shape == cpu.shape == (16, 32, 32, 3)
+    assert (dali - cpu).abs().mean() < 6
+    assert (dali - cpu.roll(1, 0)).abs().mean() > 15, "and other images differ"
+
+
+@pytest.mark.parametrize("make", [lambda: CpuDecoder(32, CPU), lambda: DaliDecoder(32, 2, CPU)], ids=["cpu", "dali"])
+def test_an_undecodable_image_is_named(make):
+    good = io.BytesIO()
+    Image.new("RGB", (40, 40), "red").save(good, "JPEG")
+    encoded = [np.frombuffer(good.getvalue(), np.uint8), np.frombuffer(b"not a JPEG at all", np.uint8)]
+    whole = np.zeros((2, 2), np.float32), np.ones((2, 2), np.float32)
+    with pytest.raises(UndecodableImage, match="'broken'"):
+        make()(encoded, *whole, ["fine", "broken"])
+
+
+def test_ranks_share_an_evaluation_evenly(shards):
+    collate = Collator(VIEW, 0, 16, "cpu", CPU)
+    runs = [[b.sample_ids for b in evaluation_batches(shards, collate, 16, 101, rank, 2)] for rank in (0, 1)]
+    assert [len(ids) for ids in runs[0]] == [len(ids) for ids in runs[1]] == [16, 16, 16, 2]
+    assert len({int(i) for run in runs for ids in run for i in ids}) == 100

@@ -1,0 +1,125 @@
+"""The model against Hugging Face's BERT and open_clip's ResNet, and what may not leak between captions."""
+
+import dataclasses
+
+import pytest
+import torch
+from open_clip.modified_resnet import ModifiedResNet
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM
+
+from posmask.train.config import PRESETS
+from posmask.train.model import BatchNorm2d, Packing, PosMaskModel
+from posmask.train.weights import load_image_weights, load_text_weights
+
+CONFIG = dataclasses.replace(
+    PRESETS["laptop"], vocab_size=101, width=32, num_heads=4, image_width=8, image_layers=(1, 2, 1, 1), max_positions=20
+)
+LENGTHS = (5, 1, 9, 3)  # one token alone, and the longest in the middle
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return PosMaskModel(CONFIG).eval()
+
+
+def packed(lengths=LENGTHS, seed=1):
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    tokens = torch.randint(5, 101, (sum(lengths),), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    return tokens, starts, Packing.of(starts, len(tokens), max(lengths))
+
+
+def test_packed_text_equals_bert_on_padded_text(model, tmp_path):
+    torch.manual_seed(1)
+    bert = BertForMaskedLM(BertConfig(
+        vocab_size=101, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128,
+        max_position_embeddings=20, initializer_range=0.2,
+    )).eval()  # fmt: skip
+    bert.save_pretrained(tmp_path)
+    load_text_weights(model, str(tmp_path))
+    tokens, starts, packing = packed()
+    padded = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.long)
+    valid = torch.zeros_like(padded)
+    for i, length in enumerate(LENGTHS):
+        padded[i, :length] = tokens[starts[i] : starts[i + 1]]
+        valid[i, :length] = 1
+    with torch.no_grad():
+        hidden = bert.bert(padded, attention_mask=valid, output_hidden_states=True).hidden_states
+        ours = model.encode_text(tokens, packing)
+        theirs = torch.cat([hidden[2][i, :length] for i, length in enumerate(LENGTHS)])
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+        # Layers 2 and 3 are the fusion encoder's; without an image they are BERT's own.
+        for layer in model.fusion:
+            ours = layer(ours, packing)
+        theirs = torch.cat([hidden[4][i, :length] for i, length in enumerate(LENGTHS)])
+        torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=1e-4)
+        torch.testing.assert_close(model.logits(ours), bert.cls(theirs), atol=2e-4, rtol=1e-4)
+
+
+def test_image_trunk_equals_open_clip(model, tmp_path):
+    torch.manual_seed(2)
+    trunk = ModifiedResNet([1, 2, 1, 1], 16, 4, 64, 8).eval()
+    for module in trunk.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1)
+    state = {f"visual.{key}": value for key, value in trunk.state_dict().items()} | {"logit_scale": torch.ones(())}
+    torch.save({"state_dict": state}, tmp_path / "clip.pt")
+    load_image_weights(model, str(tmp_path / "clip.pt"))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        theirs = trunk.layer4(trunk.layer3(trunk.layer2(trunk.layer1(trunk.stem(images)))))
+        ours = model.image.stages(model.image.stem(images))
+    assert theirs.std() > 0.01
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_weights_of_another_shape_are_refused(model, tmp_path):
+    config = BertConfig(
+        vocab_size=90, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128,
+        max_position_embeddings=20,
+    )  # fmt: skip
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"\(90, 32\) there, \(101, 32\) here"):
+        load_text_weights(model, str(tmp_path))
+
+
+def test_a_caption_sees_itself_and_its_image_alone(model):
+    tokens, starts, packing = packed()
+    images = torch.randn(3, CONFIG.num_image_tokens, 32)
+    caption_image = torch.tensor([0, 1, 2, 1], dtype=torch.int32)
+
+    def hidden(tokens, images):
+        with torch.no_grad():
+            fused = model.fuse(model.encode_text(tokens, packing), packing, images, caption_image)
+        return fused.split(LENGTHS)
+
+    base = hidden(tokens, images)
+    changed = tokens.clone()
+    changed[starts[2]] += 1
+    for i, (a, b) in enumerate(zip(base, hidden(changed, images), strict=True)):
+        assert torch.equal(a, b) == (i != 2)
+    other = images.clone()
+    other[1] += 1
+    for i, (a, b) in enumerate(zip(base, hidden(tokens, other), strict=True)):
+        assert torch.equal(a, b) == (i not in (1, 3))
+    # Alone in its batch, a caption gets what it got among others.
+    one = Packing.of(torch.tensor([0, 9]), 9, 9)
+    with torch.no_grad():
+        alone = model.fuse(model.encode_text(tokens[6:15], one), one, images[2:], torch.zeros(1, dtype=torch.int32))
+    torch.testing.assert_close(alone, base[2], atol=1e-5, rtol=1e-4)
+
+
+def test_batch_norm_keeps_fp32_statistics_under_bf16():
+    torch.manual_seed(0)
+    ours, theirs = BatchNorm2d(6), nn.BatchNorm2d(6)
+    x = torch.randn(4, 6, 5, 5) * 3 + 1
+    torch.testing.assert_close(ours(x), theirs(x), atol=0, rtol=0)
+    ours.weight.data, ours.bias.data = ours.weight.data.bfloat16(), ours.bias.data.bfloat16()
+    y = ours(x.bfloat16())
+    theirs(x.bfloat16().float())
+    assert y.dtype == torch.bfloat16 and ours.running_mean.dtype == torch.float32
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(ours.running_var, theirs.running_var, atol=1e-5, rtol=1e-4)
