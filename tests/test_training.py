@@ -117,7 +117,7 @@ def test_sigterm_saves_and_the_same_command_continues(scenes, tmp_path, monkeypa
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_two_ranks_with_accumulation_equal_one_large_batch(scenes, tmp_path, stage):
-    """Text-only, since BatchNorm's batch statistics depend on the micro-batch by design. Captions have unequal numbers of
+    """Text-only, since BatchNorm's batch statistics depend on the micro-batch. Captions have unequal numbers of
     nouns, so micro-batches have unequal counts."""
     more = ["--blank-rate", "1", "--zero-stage", str(stage), "--eval-every", "0", "--grad-clip", "0"]
     assert pretrain.main(flags(scenes, tmp_path / "one", *more)) == 0
