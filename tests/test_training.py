@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,7 +36,7 @@ def command(*words, threads=1):
 
 
 def two_ranks(*words):
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = subprocess.run(**command(*launcher, *words), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -149,7 +150,10 @@ def test_a_run_continues_on_another_number_of_ranks(scenes, tmp_path, stage):
 def test_deepspeed_launcher_with_two_ranks(scenes, tmp_path):
     script = ROOT / "train" / "pretrain.py"
     assert script.is_file(), "this test runs in a checkout"
-    words = ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29611", str(script)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    words = ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", port, str(script)]
     argv = flags(scenes, tmp_path / "run", "--eval-every", "0", steps=3)
     done = subprocess.run(**command(*words, *argv), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
