@@ -116,6 +116,7 @@ def train(config, world, engine, loader, plan, accumulation, log, validate, run,
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     window = metrics.Window(world)
     snapshots = set(snapshot_steps(config.steps, config.snapshots))
+    stopping = False
     with metrics.progress_bar(world.is_main and sys.stderr.isatty()) as bar:
         task = bar.add_task(config.mask, total=config.steps, completed=start_step, line="")
         for step in range(start_step + 1, config.steps + 1):
@@ -143,18 +144,19 @@ def train(config, world, engine, loader, plan, accumulation, log, validate, run,
                 bar.update(task, completed=step, line=metrics.describe(values))
                 if world.is_main and bar.disable and (last or step % (10 * config.log_every) == 0):
                     print(f"step {step}/{config.steps} {metrics.describe(values)}", flush=True)
-                if checkpoint_due or stopping:
-                    with window.paused():
-                        state = {"counters": log.state(), "world_size": world.size}
-                        checkpoint.save_checkpoint(engine, world, run, step, state, config.keep_checkpoints)
-                if stopping and not last:
-                    return False
             if step in snapshots:
                 with window.paused():
                     checkpoint.save_snapshot(engine, world, run, step)
             if validate and (last or (config.eval_every and step % config.eval_every == 0)):
                 with window.paused():
                     log.write(step, {"val": validate(engine)})
+            # The checkpoint comes last: what a step leaves behind is there before a resume would skip that step.
+            if checkpoint_due or stopping:
+                with window.paused():
+                    state = {"counters": log.state(), "world_size": world.size}
+                    checkpoint.save_checkpoint(engine, world, run, step, state, config.keep_checkpoints)
+            if stopping and not last:
+                return False
     return True
 
 
