@@ -19,7 +19,6 @@ import torch
 from posmask.eval import probe
 from posmask.eval.results import save
 from posmask.train.checkpoint import load_model, parse_run
-from posmask.train.engine import ScratchFolder, set_rank_defaults
 
 TASKS = {"probe": probe}  # name: a module with add_arguments(parser) and evaluate(model, run, args) -> Outcome
 
@@ -49,8 +48,7 @@ def run(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, step = load_model(args.checkpoint, device)
     config = json.loads((folder / "config.json").read_text())
-    set_rank_defaults()
-    with ScratchFolder(), torch.inference_mode():
+    with torch.inference_mode():
         outcome = TASKS[args.task].evaluate(model, folder, config, args)
     common = {"format": 1, "task": args.task, "run": str(folder), "step": step, "mask": config["mask"]}
     results = common | outcome.results

@@ -279,7 +279,7 @@ def _say_relation(scene: Scene, i: int, rng: random.Random) -> list[Word]:
         return _say_action(scene, i, rng)
     i = i if relations(scene, i, 1 - i) else 1 - i
     group, prepositions = scene.groups[i], relations(scene, i, 1 - i)
-    verb = group.verb if rng.random() < 0.5 else None
+    verb = group.verb if rng.random() < 0.35 else None
     phrase = phrase_of(group, rng, size=0.15, texture=0.3)
     statement = Statement(
         NounPhrase("a", phrase),
@@ -342,7 +342,7 @@ def _say_only(scene: Scene, i: int, rng: random.Random) -> list[Word]:
 
 # Weights put each part of speech in a good share of the captions; negation is rare, as a picture says little about it.
 KINDS: dict[Callable[[Scene, int, random.Random], list[Word]], int] = {
-    _say_what: 9, _say_both: 3, _say_action: 18, _say_relation: 56, _say_number: 6, _say_trait: 4, _say_not: 2,
+    _say_what: 16, _say_both: 5, _say_action: 30, _say_relation: 32, _say_number: 8, _say_trait: 6, _say_not: 3,
     _say_only: 2,
 }  # fmt: skip
 

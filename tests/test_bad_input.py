@@ -38,6 +38,9 @@ def train_args(scenes, out, *more, mask="noun"):
         ("noun", ["--crop-scale", "1,0.5"], ["--crop-scale 1.0,0.5"]),
         ("noun", ["--batch-size", "4000"], ["300 images", "--batch-size 4000"]),
         ("noun", ["--deepspeed_config", "absent.json"], ["absent.json", "no such file"]),
+        ("noun", ["--lr", "0"], ["--lr 0", "above 0"]),
+        ("noun", ["--batch-size", "0"], ["--batch-size 0", "at least 1"]),
+        ("noun", ["--wandb"], ["--wandb", "pip install"]),
         ("noun", ["--data", "absent"], ["absent"]),
         ("noun", ["--val", "absent"], ["absent"]),
         ("noun", ["--resume", "absent"], ["absent", "no such run"]),
@@ -71,11 +74,60 @@ def test_shards_of_another_version(scenes, tmp_path, capsys):
     assert "99" in line and "reads 1" in line
 
 
-def test_forbidden_deepspeed_key(scenes, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"train_batch_size": 4}', "'train_batch_size'"),
+        ('{"bf16": {"enabled": true}}', "'bf16'"),
+        ('{"zero_optimization": {"stage": 3}}', "'stage'"),
+        ("[]", "JSON object"),
+        ("{", "not JSON"),
+    ],
+)
+def test_unfit_deepspeed_config(scenes, tmp_path, capsys, text, says):
     path = tmp_path / "ds.json"
-    path.write_text('{"train_batch_size": 4}')
+    path.write_text(text)
     assert pretrain.main(train_args(scenes, tmp_path / "run", "--deepspeed_config", str(path))) == 2
-    assert "train_batch_size" in capsys.readouterr().err
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag", ["--text-weights", "--image-weights"])
+@pytest.mark.parametrize("name", ["junk.safetensors", "junk.pt"])
+def test_files_that_are_no_weights(scenes, tmp_path, capsys, flag, name):
+    (tmp_path / name).write_text("junk")
+    assert pretrain.main(train_args(scenes, tmp_path / "run", flag, str(tmp_path / name))) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and flag in lines[0] and name in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_out_that_is_no_run(scenes, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine").write_text("mine")
+    for name in ("file", "folder"):
+        assert pretrain.main(train_args(scenes, tmp_path / name)) == 2
+        assert "is not a run" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "mine").read_text() == "mine"
+
+
+def test_validation_shards_of_another_tokenizer(scenes, tmp_path, capsys):
+    shutil.copytree(scenes / "val", tmp_path / "val")
+    path = tmp_path / "val" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["tokenizer"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    assert pretrain.main(train_args(scenes, tmp_path / "run", "--val", str(tmp_path / "val"))) == 2
+    assert "another tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_from_a_step_that_is_not_there_or_past_the_end(scenes, tiny_run, tmp_path, capsys):
+    for step, says in ((77, "no such checkpoint"), (2, "step 2 leaves nothing of --steps 2")):
+        assert pretrain.main(train_args(scenes, tmp_path / "run", "--resume", f"{tiny_run}@{step}")) == 2
+        assert says in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
 
 
 def test_folder_of_another_run(scenes, tiny_run, capsys):
@@ -87,7 +139,7 @@ def test_folder_of_another_run(scenes, tiny_run, capsys):
 
 
 def test_checkpoint_of_another_preset(scenes, tiny_run, tmp_path, capsys):
-    argv = train_args(scenes, tmp_path / "run", "--preset", "base", "--resume", str(tiny_run))
+    argv = train_args(scenes, tmp_path / "run", "--preset", "base", "--resume", str(tiny_run), "--steps", "3")
     assert pretrain.main(argv) == 2
     assert "preset laptop" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -119,6 +119,7 @@ class RunConfig:
             _require(getattr(self, flag) >= 1, flag, getattr(self, flag), "at least 1")
         for flag in ("warmup_steps", "checkpoint_every", "eval_every", "snapshots", "weight_decay", "grad_clip"):
             _require(getattr(self, flag) >= 0, flag, getattr(self, flag), "0 (off) or more")
+        _require(self.eval_images >= 1, "eval_images", self.eval_images, "at least 1")
         _require(self.lr > 0, "lr", self.lr, "above 0")
         _require(0 <= self.blank_rate <= 1, "blank_rate", self.blank_rate, "within 0..1")
         low, high = self.crop_scale
@@ -239,8 +240,8 @@ def parse_args(argv: list[str] | None, has_gpu: bool) -> RunConfig:
         "data": tuple(args.data or ["data/scenes/train"]),
         "out": args.out or f"runs/{arm_slug(args.mask)}",
         "steps": steps,
-        "batch_size": args.batch_size or (512 if large else 128),
-        "lr": args.lr or (1e-4 if large else 1e-3),
+        "batch_size": args.batch_size if args.batch_size is not None else (512 if large else 128),
+        "lr": args.lr if args.lr is not None else (1e-4 if large else 1e-3),
         "warmup_steps": args.warmup_steps if args.warmup_steps is not None else steps // 20,
         "dtype": args.dtype if args.dtype != "auto" else ("bf16" if has_gpu else "fp32"),
     }

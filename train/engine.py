@@ -6,10 +6,8 @@ import json
 import logging
 import math
 import os
-import shutil
 import signal
 import socket
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,21 +46,17 @@ class World:
             dist.barrier()
 
 
-def set_rank_defaults() -> None:
-    """Completes the launcher's variables, so that `deepspeed`, `torchrun` and plain `python` look the same."""
+def start_processes() -> World:
+    """Joins the process group of `deepspeed`, `torchrun` or plain `python`, and picks device and threads."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
-    # The deepspeed launcher says LOCAL_SIZE; without LOCAL_WORLD_SIZE each rank would lead a node of StreamingDataset.
+    # The deepspeed launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
     if "MASTER_PORT" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
 
-
-def start_processes() -> World:
-    """Joins the process group and picks device and threads."""
-    set_rank_defaults()
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -81,23 +75,11 @@ def start_processes() -> World:
     return World(dist.get_rank(), local_rank, dist.get_world_size(), device)
 
 
-class ScratchFolder:
-    """A temporary folder for this job alone. StreamingDataset never deletes its lock files and reads stale ones."""
-
-    def __init__(self) -> None:
-        self.previous = tempfile.tempdir
-        # Ranks of a node must agree on the folder, jobs must not: the rendezvous port is what they share.
-        self.path = Path(tempfile.gettempdir()) / f"posmask-{os.getuid()}-{os.environ['MASTER_PORT']}"
-
-    def __enter__(self) -> Path:
-        self.path.mkdir(exist_ok=True)
-        tempfile.tempdir = str(self.path)
-        return self.path
-
-    def __exit__(self, *exception) -> None:
-        tempfile.tempdir = self.previous
-        if os.environ["LOCAL_RANK"] == "0":
-            shutil.rmtree(self.path, ignore_errors=True)
+# What --batch-size, --micro-batch-size, --dtype and --zero-stage (the key "stage" of "zero_optimization") stand for.
+DECIDED_BY_FLAGS = (
+    "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "optimizer", "bf16", "fp16",
+    "stage",
+)  # fmt: skip
 
 
 def deepspeed_settings(config: RunConfig, micro_batch_size: int, accumulation: int) -> dict:
@@ -126,8 +108,11 @@ def deepspeed_settings(config: RunConfig, micro_batch_size: int, accumulation: i
             overrides = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"--deepspeed_config {path}: not JSON ({error})") from None
-        for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "optimizer"):
-            if key in overrides:
+        if not isinstance(overrides, dict):
+            raise ValueError(f"--deepspeed_config {path}: must hold a JSON object")
+        for key in DECIDED_BY_FLAGS:
+            value = overrides.get("zero_optimization") if key == "stage" else overrides
+            if isinstance(value, dict) and key in value:
                 raise ValueError(f"--deepspeed_config {path} sets {key!r}, which posmask's own flags decide: remove it")
         settings = _merge(settings, overrides)
     return settings

@@ -7,6 +7,7 @@ The place in the data is therefore one number, the step, and needs no state of i
 
 from __future__ import annotations
 
+import json
 import queue
 import threading
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from streaming import Stream, StreamingDataset
+from streaming.base.format import reader_from_json
 from streaming.base.shuffle import get_shuffle
 from torch import Tensor
 
@@ -53,7 +54,7 @@ class Batch:
 
 
 class Shards:
-    """Random access to the samples of one or more shard folders, read and cached by StreamingDataset.
+    """Random access to the samples of one or more shard folders.
 
     Raises ValueError if a folder is not ours, or if folders differ in tokenizer, bits or scores.
     """
@@ -69,17 +70,22 @@ class Shards:
                         f"{folder} and {folders[0]} differ in {key}: build both with the same settings and "
                         f"--tokenizer {folders[0]}/tokenizer"
                     )
-        # Order and ranks are ours; StreamingDataset finds, downloads and reads samples.
-        self.dataset = StreamingDataset(
-            streams=[Stream(local=folder) for folder in folders], batch_size=1, num_canonical_nodes=1, shuffle=False
-        )
-        self.shard_sizes = np.array([shard.samples for shard in self.dataset.shards], np.int64)
+        # Order and ranks are ours, so streaming's readers are enough. StreamingDataset would add shared memory and lock
+        # files that outlive a killed run, and 30 open files for each one that a process makes.
+        self.readers = [
+            reader_from_json(folder, None, entry)
+            for folder in folders
+            for entry in json.loads((Path(folder) / "index.json").read_text())["shards"]
+        ]
+        self.shard_sizes = np.array([reader.samples for reader in self.readers], np.int64)
+        self.shard_ends = np.cumsum(self.shard_sizes)
 
     def __len__(self) -> int:
         return int(self.shard_sizes.sum())
 
     def __getitem__(self, i: int) -> dict:
-        return self.dataset.get_item(int(i))
+        shard = int(np.searchsorted(self.shard_ends, i, side="right"))
+        return self.readers[shard][int(i - self.shard_ends[shard] + self.shard_sizes[shard])]
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Sample indices (N,) int64 of one epoch; streaming's py1e keeps neighbours in few shards."""

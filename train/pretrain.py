@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -24,7 +25,6 @@ from posmask.train.card import git_commit, write_card
 from posmask.train.config import PRESETS, ModelConfig, RunConfig, learning_rate, parse_args, snapshot_steps
 from posmask.train.decode import UndecodableImage
 from posmask.train.engine import (
-    ScratchFolder,
     StopSignal,
     World,
     average_batch_norm,
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = parse_args(argv, torch.cuda.is_available())
         world = start_processes()
-        with ScratchFolder(), StopSignal() as stop:
+        with StopSignal() as stop:
             return pretrain(config, world, stop)
     except ValueError as error:
         # What is wrong with the settings is wrong on every rank: one of them says it.
@@ -58,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
 def pretrain(config: RunConfig, world: World, stop: StopSignal) -> int:
     """One run: prepare, train, export. Raises ValueError for what the user can mend, before anything is written."""
     run = Path(config.out)
+    if config.wandb and find_spec("wandb") is None:
+        raise ValueError("--wandb: the package is not installed; pip install 'posmask[wandb]'")
     source = find_resume(config, run)
     if source == "complete":
         say(world, f"{run} is already complete ({config.steps} steps); choose another --out to train it again")
@@ -169,9 +171,12 @@ def find_resume(config: RunConfig, run: Path) -> Path | str | None:
             raise ValueError(f"--resume {config.resume}: no such checkpoint; there are {sorted(found) or 'none'}")
         if run.resolve() != folder.resolve() and (run / "config.json").exists():
             raise ValueError(f"--out {run} already holds a run; choose another folder")
-        return found[max(found) if step is None else step]
+        step = max(found) if step is None else step
+        if step >= config.steps:
+            raise ValueError(f"--resume {config.resume}: step {step} leaves nothing of --steps {config.steps}")
+        return found[step]
     if not (run / "config.json").is_file():
-        if run.exists() and any(run.iterdir()):
+        if run.exists() and not (run.is_dir() and not any(run.iterdir())):
             raise ValueError(f"--out {run} exists and is not a run; choose another folder")
         return None
     if config.resume == "never":
@@ -256,8 +261,10 @@ def check_same_model(source: Path, model_config: ModelConfig) -> None:
 
 def prepare_run_folder(run: Path, config: RunConfig, model_config: ModelConfig, shards: Shards, world: World) -> None:
     """What makes a folder a run, config.json last; everything that could refuse the run has been checked."""
+    world.barrier()  # a rank that is late may not take what is written here for a run of someone else
     if world.is_main:
         run.mkdir(parents=True, exist_ok=True)
+        (run / "model.safetensors").unlink(missing_ok=True)  # of a finished run that now goes on
         model_config.save(run / "model_config.json")
         shutil.copytree(Path(shards.folders[0]) / "tokenizer", run / "tokenizer", dirs_exist_ok=True)
         (run / "commit.txt").write_text(git_commit() + "\n")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -12,6 +15,8 @@ from posmask.train.model import PosMaskModel
 
 # What posmask has beyond BERT or the CLIP trunk, and therefore starts at random.
 OURS = ("crossattention.", "image.proj.", "image.position.", "image.norm.")
+# What the readers raise for a damaged file, or one of another kind.
+UNREADABLE = (SafetensorError, UnpicklingError, EOFError, RuntimeError, struct.error)
 
 
 def load_text_weights(model: PosMaskModel, name: str) -> None:
@@ -84,9 +89,12 @@ def _read(name: str, flag: str) -> dict[str, Tensor]:
             return AutoModelForMaskedLM.from_pretrained(name).state_dict()
         except OSError as error:
             raise ValueError(f"{flag} {name}: neither a file nor a model of the hub ({error})") from None
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE:
+        raise ValueError(f"{flag} {name}: not a .safetensors file, nor one that torch.load reads as weights") from None
     return loaded.state_dict() if isinstance(loaded, nn.Module) else loaded
 
 
