@@ -130,7 +130,7 @@ def test_two_ranks_with_accumulation_equal_one_large_batch(scenes, tmp_path, sta
         assert (a["tokens"], a["masked_tokens"]) == (b["tokens"], b["masked_tokens"])
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_run_continues_on_another_number_of_ranks(scenes, tmp_path, stage):
     more = ["--blank-rate", "1", "--zero-stage", str(stage), "--eval-every", "0"]
     assert pretrain.main(flags(scenes, tmp_path / "one", *more)) == 0
