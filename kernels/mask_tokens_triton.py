@@ -1,8 +1,9 @@
 """`mask_tokens` on a GPU: the integers of its reference, in two to four kernels and no synchronisation.
 
-A program of `_select_kernel` decides for one caption and writes for each token which replacement it gets (KEEP_OUT where
-it is not chosen); a fallback and a matched twin are further launches that look at the caption's count. `_emit_kernel`
-then packs: index, targets, replaced tokens. All sums are of integers, so the order of programs shows nowhere.
+A program of `_select_kernel` decides for one caption, and writes for each token which replacement it gets (KEEP_OUT
+where it is not chosen); a fallback and a matched twin are further launches that look at the caption's count.
+`_emit_kernel` then packs: index, targets, replaced tokens. All sums are of integers: the order of programs is nowhere
+seen.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def _take_units(candidate, head, is_head, budget, rank, position):
     num_pieces = _num_pieces(candidate, head, position)
     taken = tl.zeros_like(position)
     left = budget
-    for r in range(0, tl.sum(is_head.to(tl.int32))):
+    for r in range(tl.sum(is_head.to(tl.int32))):
         here = is_head & (rank == r)
         pieces = tl.sum(tl.where(here, num_pieces, 0))
         fits = pieces <= left
@@ -90,13 +91,13 @@ def _take_spans(candidate, head, is_head, budget, rank, num_units, position, MAX
     num_pieces = _num_pieces(candidate, head, position)
     span = tl.full(position.shape, -1, tl.int32)
     left = budget
-    for r in range(0, tl.sum(candidate.to(tl.int32))):
+    for r in range(tl.sum(candidate.to(tl.int32))):
         here = candidate & (rank == r)
         first = tl.sum(tl.where(here, head, 0))
         wanted = tl.sum(tl.where(here, num_units, 0))
         unit = first
         goes_on = left > 0
-        for n in range(0, MAX_UNITS):
+        for n in range(MAX_UNITS):
             at = is_head & (position == unit)
             pieces = tl.sum(tl.where(at, num_pieces, 0))
             is_free = tl.sum((at & (span < 0)).to(tl.int32)) > 0
@@ -243,7 +244,7 @@ def _select_kernel(
         elif AMOUNT == "budget":
             if MAX_UNITS > 0:
                 num_units = tl.full(position.shape, 1, tl.int32)
-                for i in range(0, MAX_UNITS - 1):
+                for i in range(MAX_UNITS - 1):
                     num_units += (u1.to(tl.int64) >= tl.load(span_ptr + i)).to(tl.int32)
                 rank = _rank(candidate, order, position)
                 chosen, group = _take_spans(candidate, head, is_head, budget, rank, num_units, position, MAX_UNITS)
@@ -328,7 +329,7 @@ def _emit_kernel(
             word, _, _, _ = _draw(_VALUE, position, keys_ptr + caption * 3, seed, epoch)
             nth = ((word.to(tl.int64) * num_random) >> 32).to(tl.int32)
             drawn, num_before = nth, 0
-            for i in range(0, num_ranges):
+            for i in range(num_ranges):
                 low = tl.load(ranges_ptr + 2 * i)
                 drawn = tl.where(nth >= num_before, nth - num_before + low, drawn)
                 num_before += tl.load(ranges_ptr + 2 * i + 1) - low

@@ -62,13 +62,13 @@ def _rounds_on_cpu(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: int, k1: 
     added = np.stack([c1.numpy(), c3.numpy()]).view(np.uint64)
     column = (2,) + (1,) * c0.ndim
     multipliers = np.array(_MULTIPLIERS, np.uint64).reshape(column)
+    keys = [[(k + i * weyl) & U32 for k, weyl in zip((k0, k1), _WEYL, strict=True)] for i in range(10)]
     low, half = np.uint64(U32), np.uint64(32)
-    for i in range(10):
-        product = multiplied * multipliers
-        crossed = product[::-1]
+    for key in np.array(keys, np.uint64).reshape(10, *column):
+        crossed = (multiplied * multipliers)[::-1]
         np.right_shift(crossed, half, out=multiplied)
         multiplied ^= added
-        multiplied ^= np.array([(k + i * w) & U32 for k, w in zip((k0, k1), _WEYL, strict=True)], np.uint64).reshape(column)
+        multiplied ^= key
         np.bitwise_and(crossed, low, out=added)
     words = torch.from_numpy(np.stack([multiplied, added], 1).view(np.int64))
     return words[0, 0], words[0, 1], words[1, 0], words[1, 1]
