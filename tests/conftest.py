@@ -47,7 +47,7 @@ def poisoned_memory():
 
 @pytest.fixture(scope="session")
 def make_text():
-    """Packed captions with made-up tokens and tags: make_text(num_captions, seed) → an object of (T,), (T, 2), (C+1,), (C, 3).
+    """Packed captions of made-up tokens: make_text(num_captions, seed) → an object of (T,), (T, 2), (C+1,), (C, 3).
 
     Some captions have no maskable token, words have 1 to 4 pieces, and now and then one piece of a word has another tag
     than its neighbours or is not maskable.
