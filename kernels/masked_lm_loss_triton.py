@@ -49,12 +49,13 @@ def _row_kernel(
             total = total * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top), axis=0)
             top = new_top
         # The row was just read: it comes from L2, or L1, this time.
+        inverse = 1.0 / total
         for start in range(0, num_columns, BLOCK):
             at = start + columns
             mask = at < num_columns
             z = tl.load(logits + at, mask=mask, other=float("-inf")).to(wide)
             z += tl.load(bias + at, mask=mask, other=0.0).to(wide)
-            gradient = tl.exp(z - top) / total - tl.where(at == target, 1.0, 0.0)
+            gradient = tl.exp(z - top) * inverse - tl.where(at == target, 1.0, 0.0)
             tl.store(logits + at, gradient.to(logits.dtype.element_ty), mask=mask)
         tl.store(row_loss + row, top - of_target + tl.log(total))
         tl.store(hit + row, (of_target >= top).to(tl.int8))
@@ -64,15 +65,14 @@ def _row_kernel(
 def _column_sum_kernel(
     gradient, factor, out, num_rows, row_stride, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """out[column] = factor · Σ gradient[:, column], rows in a fixed order."""
+    """out[column] = factor · Σ gradient[:, column], rows in a fixed order. The rows are padded to full tiles."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     scale = tl.load(factor)
     sums = tl.zeros([ROWS, COLUMNS], scale.dtype)
     for start in range(0, num_rows, ROWS):
         rows = start + tl.arange(0, ROWS)
-        mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
         at = gradient + rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
-        sums += tl.load(at, mask=mask, other=0.0).to(scale.dtype)
+        sums += tl.load(at, mask=(rows < num_rows)[:, None], other=0.0).to(scale.dtype)
     total = tl.sum(sums, axis=0) * scale
     tl.store(out + columns, total.to(out.dtype.element_ty), mask=columns < num_columns)
 
@@ -159,8 +159,7 @@ def _rows_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
     processors = torch.cuda.get_device_properties(weight.device).multi_processor_count if weight.is_cuda else 1
     splits = num_splits(len(gradient), weight.shape[1], len(weight), processors)
     a, b = gradient.unflatten(1, (splits, -1)).transpose(0, 1), weight.unflatten(0, (splits, -1))
-    half = weight.dtype in (torch.bfloat16, torch.float16)
-    parts = torch.bmm(a, b, out_dtype=torch.float32) if half else torch.bmm(a, b)
+    parts = torch.bmm(a, b, out_dtype=torch.float32) if weight.element_size() == 2 else torch.bmm(a, b)
     return parts[0] if splits == 1 else parts.sum(dim=0)
 
 
@@ -177,11 +176,12 @@ def parameter_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients in weight (V, D) and bias (V,), times factor (), rounded once to `dtypes`."""
     rows = scaled(rows, targets, factor, rows.dtype)
-    weight = gradient.T @ rows if dtypes[0] == rows.dtype else torch.mm(gradient.T, rows, out_dtype=dtypes[0])
+    widens = rows.element_size() == 2 and dtypes[0] == torch.float32
+    weight = torch.mm(gradient.T, rows, out_dtype=dtypes[0]) if widens else (gradient.T @ rows).to(dtypes[0])
     bias = torch.empty(vocabulary, dtype=dtypes[1], device=rows.device)
-    _column_sum_kernel[(triton.cdiv(vocabulary, 128),)](
-        gradient, factor, bias, len(gradient), gradient.stride(0), vocabulary, ROWS=32, COLUMNS=128, num_warps=8
-    )
+    _column_sum_kernel[(gradient.shape[1] // ALIGNMENT,)](
+        gradient, factor, bias, len(gradient), gradient.stride(0), vocabulary, ROWS=32, COLUMNS=ALIGNMENT, num_warps=8
+    )  # fmt: skip
     return weight[:vocabulary], bias
 
 
