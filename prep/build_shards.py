@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import shutil
 import sys
 from collections import Counter
@@ -24,32 +23,19 @@ from contextlib import closing
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from posmask.prep import shards, sources, tagging, wordpiece
-from posmask.prep.samples import BITS_COMPUTED, CHUNK_RECORDS, Prepared, Recipe, is_unicode, prepare
+from posmask.prep import shards, sources, tagging, units, wordpiece
+from posmask.prep.arguments import NUM_SCENES, check, command_line, make_parser
+from posmask.prep.samples import CHUNK_RECORDS, Captions, Prepared, Recipe, prepare
 from posmask.prep.scene_tasks import write_eval_sets
 from posmask.prep.scenes import Scenes
 from posmask.prep.sources import Record
 
-SOURCES = ("scenes", "coco", "table", "folder")
-# Flags that only some sources take, and whether those need them.
-SOURCE_FLAGS = {
-    "num_scenes": {"scenes": False},
-    "annotations": {"coco": True},
-    "images": {"coco": True, "folder": True, "table": False},
-    "table": {"table": True},
-    "image_column": {"table": True},
-    "caption_column": {"table": True},
-}
-NUM_SCENES = 20_000
 MIN_EVAL_SCENES = 50  # fewer hold too few pairs that mirror each other
-# Decide where and how fast the shards are written, not what is in them.
-NOT_IN_COMMAND = ("source", "out", "workers", "max_dropped")
 MAX_NAMED = 3  # broken records named in the error line; dropped.jsonl has all
 
 
@@ -57,44 +43,9 @@ class TooManyDropped(Exception):
     """More records were dropped than --max-dropped allows."""
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see --help")
-
-
-def make_parser() -> Parser:
-    parser = Parser(
-        prog="build_shards.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("source", nargs="?", default="scenes", choices=SOURCES, help="where images and captions come from")
-    add("--annotations", nargs="+", metavar="F", help="coco: captions JSON, one file or several")
-    add("--images", metavar="DIR", help="coco, folder: where the images are; table: default the table's folder")
-    add("--table", metavar="F", help="table: a .csv, .tsv, .jsonl or .parquet file")
-    add("--image-column", metavar="C", help="table: the column with the image's path")
-    add("--caption-column", metavar="C", help="table: the column with the caption")
-    add("--num-scenes", type=_positive, metavar="N", help=f"scenes: training images, {NUM_SCENES} by default")
-    add("--out", metavar="DIR", help="default data/SOURCE")
-    add("--tokenizer", default="train:8192", metavar="T", help="train:N, a vocab.txt, a tokenizer's folder or hub name")
-    add("--tagger", default="auto", metavar="T", help="auto, the name or the path of a spaCy model")
-    add("--image-size", type=_positive, default=256, help="images with a longer short side are shrunk to it, pixels")
-    add("--quality", type=int, default=90, help="of JPEGs that have to be encoded again, 1 to 95")
-    add("--max-tokens", type=int, default=48, help="per caption, [CLS] and [SEP] included; longer ones are cut")
-    add("--records-per-part", type=_positive, default=4096, help="a part is written and resumed as a whole")
-    add("--workers", type=_positive, default=None, help="processes, all cores by default; never changes the result")
-    add("--limit", type=_positive, metavar="N", help="take the first N records only")
-    add("--exclude", metavar="FILE", help="image keys, file names or COCO ids to leave out, one a line")
-    add("--max-dropped", type=float, default=0.01, help="share of broken records above which the build fails")
-    add("--seed", type=int, default=0, help="of the scenes")
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        args = make_parser().parse_args(argv)
+        args = make_parser(__doc__).parse_args(argv)
         check(args)
         out = Path(args.out or f"data/{args.source}")
         if args.source == "scenes":
@@ -116,21 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raise ValueError for flags out of range, and for flags that the source lacks or doesn't know."""
-    for name, takers in SOURCE_FLAGS.items():
-        flag, value = _flag(name), getattr(args, name)
-        if value is not None and args.source not in takers:
-            belongs = ", ".join(takers)
-            raise ValueError(f"{flag} {_shown(value)} contradicts the source {args.source}; it belongs to {belongs}")
-        if value is None and takers.get(args.source):
-            raise ValueError(f"the source {args.source} needs {flag}; see --help")
-    for name, low, high in (("quality", 1, 95), ("max_tokens", 8, shards.MAX_TOKENS), ("max_dropped", 0, 1)):
-        if not low <= getattr(args, name) <= high:
-            raise ValueError(f"{_flag(name)} {getattr(args, name)} is not within {low} to {high}")
-    wordpiece.check_spec(args.tokenizer)
-
-
 def open_source(args: argparse.Namespace) -> Sequence[Record]:
     images = Path(args.images) if args.images else None
     if args.source == "coco":
@@ -144,7 +80,7 @@ def build_scenes(args: argparse.Namespace, out: Path) -> None:
     """The default: a training and a validation set with one vocabulary, and evaluation sets in public formats."""
     num_scenes = args.num_scenes or NUM_SCENES
     build(args, Scenes("train", num_scenes, args.seed), out / "train")
-    build(args, Scenes("val", max(1, num_scenes // 10), args.seed), out / "val", tokenizer=out / "train" / "tokenizer")
+    build(args, Scenes("val", max(1, num_scenes // 10), args.seed), out / "val", like=out / "train")
     if (out / "eval").exists():
         return
     for leftover in out.glob("eval.*.tmp"):  # of killed processes
@@ -158,8 +94,8 @@ def build_scenes(args: argparse.Namespace, out: Path) -> None:
     print(f"{out / 'eval'}: evaluation sets of held-out scenes")
 
 
-def build(args: argparse.Namespace, source: Sequence[Record], out: Path, tokenizer: Path | None = None) -> None:
-    """Build `source` into `out`, or finish what is there; `tokenizer` overrides --tokenizer by a folder of ours.
+def build(args: argparse.Namespace, source: Sequence[Record], out: Path, like: Path | None = None) -> None:
+    """Build `source` into `out`, or finish what is there, with the tokenizer and the units of the shards `like`.
 
     Raises ValueError before anything is written when the input or `out` is not usable, TooManyDropped at the end.
     """
@@ -167,6 +103,8 @@ def build(args: argparse.Namespace, source: Sequence[Record], out: Path, tokeniz
     if not len(source):
         raise ValueError(f"no records: the source {source.name} is empty, or all of it is excluded")
     tagger = tagging.find_tagger(args.tagger)
+    resources = units.Resources.named(vars(args))
+    bits_computed, scores = resources.contents(tagger, args.entities)
     config = {
         "format_version": shards.FORMAT_VERSION,
         "tokenizer": args.tokenizer,
@@ -175,7 +113,10 @@ def build(args: argparse.Namespace, source: Sequence[Record], out: Path, tokeniz
         "image_size": args.image_size,
         "quality": args.quality,
         "records_per_part": args.records_per_part,
-        "bits_computed": list(BITS_COMPUTED),
+        "bits_computed": bits_computed,
+        "scores": scores,
+        "entities": args.entities,
+        **resources.describe(),
         "source": source.name,
         "licence": source.licence,
         "records": len(source),
@@ -186,12 +127,27 @@ def build(args: argparse.Namespace, source: Sequence[Record], out: Path, tokeniz
     if shards.build_state(out, config) == "complete":
         print(f"{out}: already complete")
         return
+    captions = Captions(source)
     if not (out / "tokenizer").is_dir():
-        captions = (caption for record in source for caption in record.captions if is_unicode(caption))
-        made = wordpiece.make(str(tokenizer or args.tokenizer), captions)
+        resources.check(tagger)
+        made = wordpiece.make(str(like / "tokenizer") if like else args.tokenizer, captions)
         shards.start_build(out, config)
         wordpiece.save(made, out / "tokenizer")
-    recipe = Recipe(source.name, out / "tokenizer", tagger, args.image_size, args.quality, args.max_tokens)
+    if not (out / units.FILE).is_file():
+        encode = wordpiece.CaptionEncoder(out / "tokenizer", args.max_tokens)
+        resources = units.Resources(units=like) if like else resources
+        resources.make(captions, encode, tagger).save(out / units.FILE)
+    recipe = Recipe(
+        source=source.name,
+        tokenizer=out / "tokenizer",
+        tagger=tagger,
+        units=out / units.FILE,
+        entities=args.entities,
+        num_scores=len(scores),
+        image_size=args.image_size,
+        quality=args.quality,
+        max_tokens=args.max_tokens,
+    )
     write_parts(source, out, recipe, args.records_per_part, args.workers or os.cpu_count() or 1)
     check_dropped(out, len(source), args)
     manifest = shards.merge(out)
@@ -224,7 +180,8 @@ def write_parts(source: Sequence[Record], out: Path, recipe: Recipe, records_per
         for part, group in groupby(zip(spans, results, strict=True), key=lambda pair: pair[0][0]):
             dropped: list[tuple[str, str]] = []
             num_records = min(records_per_part, len(source) - starts[part])
-            shards.write_part(out, part, num_records, _stream(group, dropped, progress, task), dropped)
+            samples = _stream(group, dropped, progress, task)
+            shards.write_part(out, part, num_records, samples, dropped, recipe.num_scores)
             if not console.is_terminal:
                 print(f"{out}: part {part + 1} of {len(starts)}, {num_records} records", flush=True)
 
@@ -280,15 +237,6 @@ def summary(manifest: shards.Manifest) -> Table:
     return table
 
 
-def command_line(args: argparse.Namespace) -> str:
-    """The command that made a build, as typed but for flags at their default and flags that leave no trace."""
-    words = ["python", "prep/build_shards.py", args.source]
-    for name, value in vars(args).items():
-        if name not in NOT_IN_COMMAND and value != make_parser().get_default(name):
-            words += [_flag(name), *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return shlex.join(words)
-
-
 def fingerprint(source: Sequence[Record]) -> str:
     """sha256 of all keys and captions. Raises ValueError for a key that comes twice or is not valid Unicode."""
     digest = sha256()
@@ -312,20 +260,6 @@ def _read_excluded(path: str | None) -> set[str]:
         return {line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()}
     except (OSError, UnicodeDecodeError):
         raise ValueError(f"--exclude {path}: no such file, or not UTF-8 text") from None
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ A folder of shards holds
     part-00017.json        written last, so a part with this file is finished; its index entries and counts
     build.json             what is being built; decides whether a killed build may go on
     tokenizer/             loads with transformers.AutoTokenizer
+    units.json             collocations, word lists and word scores
     index.json, manifest.json, dropped.jsonl   written by `merge` when all parts are there
 Imports neither spaCy nor PIL, so that training can import it.
 """
@@ -32,6 +33,7 @@ COLUMNS = {
     "image": "bytes",
     "tokens": "ndarray:uint16",
     "tags": "ndarray:uint32",
+    "scores": "ndarray:uint8",  # left out where a build has none
     "caption_lengths": "ndarray:uint8",
     "captions": "json",
 }
@@ -49,6 +51,7 @@ class Sample:
     image: bytes
     tokens: np.ndarray  # (T,) uint16
     tags: np.ndarray  # (T,) uint32
+    scores: np.ndarray  # (T, S) uint8
     caption_lengths: np.ndarray  # (C,) uint8
     captions: list[str]
     width: int  # pixels
@@ -202,8 +205,18 @@ def start_build(out: Path, config: dict[str, Any]) -> None:
     _write_json(out / "build.json", config)
 
 
+def columns(num_scores: int) -> dict[str, str]:
+    """The columns of shards with `num_scores` scores."""
+    return {name: kind for name, kind in COLUMNS.items() if num_scores or name != "scores"}
+
+
 def write_part(
-    out: Path, part: int, num_records: int, samples: Iterable[Sample], dropped: Sequence[tuple[str, str]]
+    out: Path,
+    part: int,
+    num_records: int,
+    samples: Iterable[Sample],
+    dropped: Sequence[tuple[str, str]],
+    num_scores: int = 0,
 ) -> None:
     """Write one part of `num_records` records atomically: its `samples` and the `dropped` (key, reason) of the others.
 
@@ -217,9 +230,10 @@ def write_part(
     tally = _Tally()
     try:
         # As a context manager it would write a valid index even after an exception.
-        writer = MDSWriter(columns=COLUMNS, out=str(temporary), hashes=["sha256"])
+        kinds = columns(num_scores)
+        writer = MDSWriter(columns=kinds, out=str(temporary), hashes=["sha256"])
         for sample in samples:
-            writer.write({column: getattr(sample, column) for column in COLUMNS} | {"id": np.uint64(sample.id)})
+            writer.write({column: getattr(sample, column) for column in kinds} | {"id": np.uint64(sample.id)})
             tally.add(sample)
         writer.finish()
         shards = _read_json(temporary / "index.json")["shards"]
@@ -274,7 +288,7 @@ def merge(out: Path) -> Manifest:
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         bits_computed=tuple(config["bits_computed"]),
-        scores=(),
+        scores=tuple(config["scores"]),
         tokenizer=TokenizerInfo.read(out / "tokenizer", config["tokenizer"]),
         tagger=config["tagger"],
         max_tokens=config["max_tokens"],
@@ -310,6 +324,7 @@ class _Tally:
 
     def add(self, sample: Sample) -> None:
         assert sample.caption_lengths.sum(dtype=np.int64) == len(sample.tokens) == len(sample.tags), sample.key
+        assert len(sample.scores) == len(sample.tags), sample.key
         self.counts["images"] += 1
         self.counts["captions"] += len(sample.captions)
         self.counts["tokens"] += len(sample.tokens)

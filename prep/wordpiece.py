@@ -12,6 +12,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -33,6 +34,11 @@ class Encoded:
     pieces: list[tuple[int, int]]  # (L - 2) character spans [start, end) of what stands between [CLS] and [SEP]
     word_starts: list[bool]  # (L - 2)
     is_cut: bool
+
+    def words(self, caption: str) -> list[str]:
+        """The caption's words in lower case: the pieces from one word start to the next."""
+        borders = [i for i, starts in enumerate(self.word_starts) if starts] + [len(self.pieces)]
+        return [caption[self.pieces[i][0] : self.pieces[j - 1][1]].lower() for i, j in pairwise(borders)]
 
 
 class CaptionEncoder:
@@ -56,7 +62,7 @@ class CaptionEncoder:
             while end and ids[end] in self.continuing:
                 end -= 1
             end = end or self.max_pieces
-        starts = [i not in self.continuing for i in ids[:end]]
+        starts = [n == 0 or i not in self.continuing for n, i in enumerate(ids[:end])]
         return Encoded([self.cls_id, *ids[:end], self.sep_id], pieces[:end], starts, end < len(ids))
 
 
