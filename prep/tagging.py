@@ -114,28 +114,30 @@ def tag(nlp: Any, captions: Iterable[str], lists: WordLists = WordLists()) -> It
     """
     from spacy.attrs import IDX, IS_PUNCT, IS_STOP, LENGTH, POS
 
-    strings = nlp.vocab.strings
-    names: dict[int, str] = {}
+    by_tag = {nlp.vocab.strings[tag]: bit for tag, bit in pos.UPOS_BIT.items()}  # SPACE has none
+    noun, adjective = pos.UPOS_BIT["NOUN"], pos.UPOS_BIT["ADJ"]
+    relation = pos.upos_bits(("VERB", "ADP"))
     for doc in nlp.pipe((caption[:MAX_TAGGED_CHARS] for caption in captions), batch_size=BATCH_CAPTIONS):
-        phrase, heads = _phrases(doc)
         text = doc.text
         tokens = []
+        phrase, heads = _phrases(doc)
         rows = doc.to_array([IDX, LENGTH, POS, IS_STOP, IS_PUNCT]).tolist()
         for i, (start, length, upos, is_stop, is_punct) in enumerate(rows):
-            if upos not in names:
-                names[upos] = strings[upos]
-            if (name := names[upos]) not in pos.UPOS_BIT:  # SPACE
+            if not (bits := by_tag.get(upos, 0)):
                 continue
-            word = text[start : start + length].lower()
-            bits = pos.UPOS_BIT[name] | (pos.FUNCTION_WORD if is_stop or is_punct else 0)
-            if name == "NOUN" and not is_stop and word not in NOT_OBJECTS:
+            end = start + length
+            word = text[start:end].lower()
+            if bits == noun:
                 is_object = i in heads if lists.objects is None else word in lists.objects
-                bits |= pos.OBJECT if is_object else 0
-            if name == "ADJ" or word in lists.attributes:
-                bits |= pos.ATTRIBUTE
-            if name in ("VERB", "ADP") and (lists.relations is None or word in lists.relations):
+                if is_object and not is_stop and word not in NOT_OBJECTS:
+                    bits |= pos.OBJECT
+            elif bits & relation and (lists.relations is None or word in lists.relations):
                 bits |= pos.RELATION
-            tokens.append(Token(start, start + length, bits, phrase[i]))
+            if bits == adjective or word in lists.attributes:
+                bits |= pos.ATTRIBUTE
+            if is_stop or is_punct:
+                bits |= pos.FUNCTION_WORD
+            tokens.append(Token(start, end, bits, phrase[i]))
         yield tokens
 
 
@@ -148,8 +150,10 @@ def _phrases(doc: Any) -> tuple[list[int], set[int]]:
     chunks = [(chunk.start, chunk.end) for chunk in doc.noun_chunks] if has_chunks else []
     heads = {end - 1 for _, end in chunks}  # a chunk ends with its head
     spans = [*chunks, *((entity.start, entity.end) for entity in doc.ents)]
+    if len(spans) > len(chunks):
+        spans.sort(key=lambda span: (span[0] - span[1], span[0]))
     phrase = [-1] * len(doc)
-    for number, (start, end) in enumerate(sorted(spans, key=lambda span: (span[0] - span[1], span[0]))):
+    for number, (start, end) in enumerate(spans):
         if phrase[start:end] == [-1] * (end - start):
             phrase[start:end] = [number] * (end - start)
     return phrase, heads
