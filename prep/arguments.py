@@ -8,16 +8,22 @@ from typing import Any, NoReturn
 
 from posmask.prep import shards, wordpiece
 
-SOURCES = ("scenes", "coco", "table", "folder")
+SOURCES = ("scenes", "coco", "karpathy", "albef", "table", "tsv", "folder", "webdataset", "parquet")
 # Flags that only some sources take, and whether those need them.
 SOURCE_FLAGS = {
     "num_scenes": {"scenes": False},
-    "annotations": {"coco": True},
-    "images": {"coco": True, "folder": True, "table": False},
-    "table": {"table": True},
-    "image_column": {"table": True},
-    "caption_column": {"table": True},
+    "annotations": {"coco": True, "karpathy": True, "albef": True},
+    "split": {"karpathy": False},
+    "restval": {"karpathy": False},
+    "images": {"coco": True, "karpathy": True, "albef": True, "folder": True, "table": False, "tsv": False},
+    "table": {"table": True, "tsv": True},
+    "columns": {"tsv": False},
+    "image_column": {"table": True, "parquet": False},
+    "caption_column": {"table": True, "parquet": False, "folder": False},
+    "files": {"webdataset": True, "parquet": True},
 }
+# The flags of those that name files or folders, and what the function of the source calls them.
+PATH_FLAGS = {"annotations": "annotations", "images": "images", "table": "path", "files": "files"}
 NUM_SCENES = 20_000
 # Decide where and how fast the shards are written, not what is in them.
 NOT_IN_COMMAND = ("source", "out", "workers", "max_dropped")
@@ -38,11 +44,15 @@ def make_parser(description: str = "") -> Parser:
     )
     add = parser.add_argument
     add("source", nargs="?", default="scenes", choices=SOURCES, help="where images and captions come from")
-    add("--annotations", nargs="+", metavar="F", help="coco: captions JSON, one file or several")
-    add("--images", metavar="DIR", help="coco, folder: where the images are; table: default the table's folder")
-    add("--table", metavar="F", help="table: a .csv, .tsv, .jsonl or .parquet file")
-    add("--image-column", metavar="C", help="table: the column with the image's path")
-    add("--caption-column", metavar="C", help="table: the column with the caption")
+    add("--annotations", nargs="+", metavar="F", help="coco, karpathy, albef: the JSON, one file or several")
+    add("--split", metavar="S", help="karpathy: train (default), val or test")
+    add("--restval", action="store_true", default=None, help="karpathy: add COCO's images marked restval")
+    add("--images", metavar="DIR", help="where the images are; table, tsv: default the table's folder")
+    add("--table", metavar="F", help="table: a .csv, .tsv, .jsonl or .parquet file; tsv: a file without a header")
+    add("--columns", metavar="C,C", help="tsv: what the columns hold, - for others; default caption,image")
+    add("--image-column", metavar="C", help="table: the column with the image's path; parquet: with its bytes (image)")
+    add("--caption-column", metavar="C", help="table, parquet (caption), folder with metadata: the column of captions")
+    add("--files", nargs="+", metavar="F", help="webdataset, parquet: the .tar or .parquet files that hold the images")
     add("--num-scenes", type=_positive, metavar="N", help=f"scenes: training images, {NUM_SCENES} by default")
     add("--out", metavar="DIR", help="default data/SOURCE")
     add("--tokenizer", default="train:8192", metavar="T", help="train:N, a vocab.txt, a tokenizer's folder or hub name")

@@ -3,7 +3,12 @@
     python prep/build_shards.py                       # the built-in scenes: data/scenes/train, val and eval
     python prep/build_shards.py coco --annotations captions_train2017.json --images train2017
     python prep/build_shards.py table --table pairs.csv --image-column filepath --caption-column caption
-    python prep/build_shards.py folder --images pictures
+    python prep/build_shards.py folder --images pictures            # a.png beside a.txt, or a metadata.csv
+    python prep/build_shards.py karpathy --annotations dataset_coco.json --images coco --split train --restval
+    python prep/build_shards.py albef --annotations coco.json --images coco
+    python prep/build_shards.py webdataset --files laion/*.tar      # as img2dataset writes them
+    python prep/build_shards.py parquet --files train-*.parquet     # images inside, as on the Hugging Face hub
+    python prep/build_shards.py tsv --table cc3m.tsv --columns caption,image --images cc3m
 
 Run again, it continues a build that was stopped, and says so when there is nothing left to do.
 Exit codes: 0 done, 1 too many records dropped, 2 wrong usage or input, 130 interrupted.
@@ -29,7 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from posmask.prep import shards, sources, tagging, units, wordpiece
-from posmask.prep.arguments import NUM_SCENES, check, command_line, make_parser
+from posmask.prep.arguments import NUM_SCENES, PATH_FLAGS, SOURCE_FLAGS, check, command_line, make_parser
 from posmask.prep.samples import CHUNK_RECORDS, Captions, Prepared, Recipe, prepare
 from posmask.prep.scene_tasks import write_eval_sets
 from posmask.prep.scenes import Scenes
@@ -68,12 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def open_source(args: argparse.Namespace) -> Sequence[Record]:
-    images = Path(args.images) if args.images else None
-    if args.source == "coco":
-        return sources.coco([Path(path) for path in args.annotations], images)
-    if args.source == "table":
-        return sources.table(Path(args.table), args.image_column, args.caption_column, images)
-    return sources.folder(images)
+    """The source that the flags name; a flag that was not given leaves the function's own default."""
+    given = {name: value for name in SOURCE_FLAGS if (value := getattr(args, name)) is not None}
+    for name in given.keys() & PATH_FLAGS.keys():
+        given[name] = [Path(v) for v in given[name]] if isinstance(given[name], list) else Path(given[name])
+    return getattr(sources, args.source)(**{PATH_FLAGS.get(name, name): value for name, value in given.items()})
 
 
 def build_scenes(args: argparse.Namespace, out: Path) -> None:
