@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from pathlib import Path
 from typing import Any, NoReturn
 
 from posmask.prep import shards, wordpiece
@@ -22,11 +23,15 @@ SOURCE_FLAGS = {
     "caption_column": {"table": True, "parquet": False, "folder": False},
     "files": {"webdataset": True, "parquet": True},
 }
-# The flags of those that name files or folders, and what the function of the source calls them.
-PATH_FLAGS = {"annotations": "annotations", "images": "images", "table": "path", "files": "files"}
+PATH_FLAGS = {"annotations", "images", "table", "files"}
 NUM_SCENES = 20_000
 # Decide where and how fast the shards are written, not what is in them.
-NOT_IN_COMMAND = ("source", "out", "workers", "max_dropped")
+NOT_IN_COMMAND = ("source", "out", "workers", "part", "max_dropped")
+TASKS = {
+    "verify": "check every hash, image, token and bit of finished shards; exit code 1 names what is wrong",
+    "merge": "make one data set of the parts that jobs with --part have written",
+    "inspect": "show what is in finished shards, as a table and as a page of HTML",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,10 +76,24 @@ def make_parser(description: str = "") -> Parser:
     add("--max-tokens", type=int, default=48, help="per caption, [CLS] and [SEP] included; longer ones are cut")
     add("--records-per-part", type=_positive, default=4096, help="a part is written and resumed as a whole")
     add("--workers", type=_positive, default=None, help="processes, all cores by default; never changes the result")
+    add("--part", type=_share, metavar="I/N", help="write only the I-th of N shares of the parts, I from 1; then merge")
     add("--limit", type=_positive, metavar="N", help="take the first N records only")
     add("--exclude", metavar="FILE", help="image keys, file names or COCO ids to leave out, one a line")
     add("--max-dropped", type=float, default=0.01, help="share of broken records above which the build fails")
     add("--seed", type=int, default=0, help="of the scenes")
+    return parser
+
+
+def make_task_parser(task: str) -> Parser:
+    """The flags of a task on a folder of shards."""
+    parser = Parser(prog=f"build_shards.py {task}", description=TASKS[task], allow_abbrev=False)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the folder with manifest.json or build.json")
+    if task == "verify":
+        parser.add_argument("--workers", type=_positive, default=None, help="processes, all cores by default")
+    elif task == "merge":
+        parser.add_argument("--max-dropped", type=float, default=0.01, help="share of broken records that is too much")
+    else:
+        parser.add_argument("--html", type=Path, metavar="F", help="the page to write, DIR/inspect.html by default")
     return parser
 
 
@@ -115,3 +134,10 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
+
+
+def _share(text: str) -> tuple[int, int]:
+    numbers = text.split("/")
+    if len(numbers) != 2 or not all(map(str.isdecimal, numbers)) or not 1 <= int(numbers[0]) <= int(numbers[1]):
+        raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 1 to N, such as 3/8")
+    return int(numbers[0]), int(numbers[1])

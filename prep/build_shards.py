@@ -11,7 +11,13 @@
     python prep/build_shards.py tsv --table cc3m.tsv --columns caption,image --images cc3m
 
 Run again, it continues a build that was stopped, and says so when there is nothing left to do.
-Exit codes: 0 done, 1 too many records dropped, 2 wrong usage or input, 130 interrupted.
+
+    python prep/build_shards.py coco ... --part 3/8 --out DIR       # one of eight jobs, which may share the folder
+    python prep/build_shards.py merge DIR                           # when all eight are done
+    python prep/build_shards.py verify DIR                          # every byte, image and bit; names what is wrong
+    python prep/build_shards.py inspect DIR                         # what is in it: a table, and DIR/inspect.html
+
+Exit codes: 0 done, 1 too many records dropped or a check failed, 2 wrong usage or input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -33,14 +39,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from posmask.prep import shards, sources, tagging, units, wordpiece
-from posmask.prep.arguments import NUM_SCENES, PATH_FLAGS, SOURCE_FLAGS, check, command_line, make_parser
+from posmask.prep import arguments, shards, sources, tagging, units, wordpiece
 from posmask.prep.samples import CHUNK_RECORDS, Captions, Prepared, Recipe, prepare
 from posmask.prep.scene_tasks import write_eval_sets
 from posmask.prep.scenes import Scenes
 from posmask.prep.sources import Record
+from posmask.prep.verification import verify
 
 MIN_EVAL_SCENES = 50  # fewer hold too few pairs that mirror each other
+MAX_PROBLEMS = 50  # printed by verify
 MAX_NAMED = 3  # broken records named in the error line; dropped.jsonl has all
 
 
@@ -49,9 +56,12 @@ class TooManyDropped(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        args = make_parser(__doc__).parse_args(argv)
-        check(args)
+        if argv and argv[0] in arguments.TASKS:
+            return run_task(arguments.make_task_parser(argv[0]).parse_args(argv[1:]), argv[0])
+        args = arguments.make_parser(__doc__).parse_args(argv)
+        arguments.check(args)
         out = Path(args.out or f"data/{args.source}")
         if args.source == "scenes":
             build_scenes(args, out)
@@ -72,20 +82,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def run_task(args: argparse.Namespace, task: str) -> int:
+    """What can be done with a folder of shards."""
+    if task == "merge":
+        merge(args.folder, args.max_dropped)
+    elif task == "verify":
+        problems = list(verify(args.folder, args.workers or os.cpu_count() or 1))
+        for problem in problems[:MAX_PROBLEMS]:
+            print(problem)
+        print(f"{args.folder}: {len(problems)} problems" if problems else f"{args.folder}: all good")
+        return 1 if problems else 0
+    return 0
+
+
 def open_source(args: argparse.Namespace) -> Sequence[Record]:
     """The source that the flags name; a flag that was not given leaves the function's own default."""
-    given = {name: value for name in SOURCE_FLAGS if (value := getattr(args, name)) is not None}
-    for name in given.keys() & PATH_FLAGS.keys():
+    given = {name: value for name in arguments.SOURCE_FLAGS if (value := getattr(args, name)) is not None}
+    for name in given.keys() & arguments.PATH_FLAGS:
         given[name] = [Path(v) for v in given[name]] if isinstance(given[name], list) else Path(given[name])
-    return getattr(sources, args.source)(**{PATH_FLAGS.get(name, name): value for name, value in given.items()})
+    if "table" in given:
+        given["path"] = given.pop("table")
+    return getattr(sources, args.source)(**given)
 
 
 def build_scenes(args: argparse.Namespace, out: Path) -> None:
     """The default: a training and a validation set with one vocabulary, and evaluation sets in public formats."""
-    num_scenes = args.num_scenes or NUM_SCENES
+    num_scenes = args.num_scenes or arguments.NUM_SCENES
     build(args, Scenes("train", num_scenes, args.seed), out / "train")
     build(args, Scenes("val", max(1, num_scenes // 10), args.seed), out / "val", like=out / "train")
-    if (out / "eval").exists():
+    if (out / "eval").exists() or (args.part and args.part[0] > 1):
         return
     for leftover in out.glob("eval.*.tmp"):  # of killed processes
         shutil.rmtree(leftover)
@@ -126,7 +151,7 @@ def build(args: argparse.Namespace, source: Sequence[Record], out: Path, like: P
         "records": len(source),
         "excluded": num_excluded,
         "records_sha256": fingerprint(source),
-        "command": command_line(args),
+        "command": arguments.command_line(args),
     }
     if shards.build_state(out, config) == "complete":
         print(f"{out}: already complete")
@@ -152,20 +177,33 @@ def build(args: argparse.Namespace, source: Sequence[Record], out: Path, like: P
         quality=args.quality,
         max_tokens=args.max_tokens,
     )
-    write_parts(source, out, recipe, args.records_per_part, args.workers or os.cpu_count() or 1)
-    check_dropped(out, len(source), args)
+    share, num_shares = args.part or (1, 1)
+    starts = range(0, len(source), args.records_per_part)
+    mine = range(share - 1, len(starts), num_shares)
+    write_parts(source, out, recipe, starts, mine, args.workers or os.cpu_count() or 1)
+    if args.part:
+        print(f"{out}: share {share} of {num_shares} is written; when all are, run build_shards.py merge {out}")
+    else:
+        merge(out, args.max_dropped)
+
+
+def merge(out: Path, max_dropped: float) -> None:
+    """Make one data set of the finished parts. May be run again."""
+    check_dropped(out, max_dropped)
     manifest = shards.merge(out)
     print(f"{out}:")
     Console().print(summary(manifest))
 
 
-def write_parts(source: Sequence[Record], out: Path, recipe: Recipe, records_per_part: int, num_workers: int) -> None:
-    """Write the parts that are not finished yet."""
-    starts = range(0, len(source), records_per_part)
+def write_parts(
+    source: Sequence[Record], out: Path, recipe: Recipe, starts: range, mine: Iterable[int], num_workers: int
+) -> None:
+    """Write those of the parts `mine` that are not finished yet; part i begins at record starts[i]."""
+    records_per_part = starts.step
     finished = shards.read_parts(out, len(starts))
     spans = [
         (part, range(start, min(start + CHUNK_RECORDS, end)))
-        for part in range(len(starts))
+        for part in mine
         if part not in finished
         for end in [min(starts[part] + records_per_part, len(source))]
         for start in range(starts[part], end, CHUNK_RECORDS)
@@ -203,16 +241,18 @@ def _stream(
         progress.advance(task, len(span))
 
 
-def check_dropped(out: Path, num_records: int, args: argparse.Namespace) -> None:
+def check_dropped(out: Path, max_dropped: float) -> None:
     """Raise TooManyDropped, with dropped.jsonl written, when --max-dropped is exceeded."""
-    parts = shards.read_parts(out, -(-num_records // args.records_per_part))
+    config = shards.read_config(out)
+    num_records = config["records"]
+    parts = shards.read_parts(out, -(-num_records // config["records_per_part"]))
     dropped = [(key, reason) for part in sorted(parts) for key, reason in parts[part]["dropped"]]
-    if len(dropped) <= args.max_dropped * num_records:
+    if len(dropped) <= max_dropped * num_records:
         return
     shards.write_dropped(out, dropped)
     reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(reason for _, reason in dropped).most_common())
     raise TooManyDropped(
-        f"{len(dropped)} of {num_records} records dropped ({reasons}), more than --max-dropped {args.max_dropped:g} "
+        f"{len(dropped)} of {num_records} records dropped ({reasons}), more than --max-dropped {max_dropped:g} "
         f"allows; first {', '.join(key for key, _ in dropped[:MAX_NAMED])}, all in {out / 'dropped.jsonl'}. "
         "Raise --max-dropped to go without them, or mend them and build into an empty folder"
     )

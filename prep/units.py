@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -21,6 +20,7 @@ import numpy as np
 
 from posmask.prep import collocations, tagging, word_lists
 from posmask.prep.pos import BITS
+from posmask.prep.shards import write_atomically
 from posmask.prep.wordpiece import CaptionEncoder
 
 FILE = "units.json"
@@ -53,9 +53,7 @@ class Units:
 
     def save(self, path: Path) -> None:
         """Write `path` atomically."""
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_atomically(path, json.dumps(asdict(self), ensure_ascii=False, indent=0) + "\n")
 
     @cached_property
     def word_lists(self) -> tagging.WordLists:

@@ -6,7 +6,6 @@ Normalisation and word splitting are BERT's (uncased unless the vocabulary is ca
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections import Counter
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from posmask.prep.shards import MAX_VOCAB
+from posmask.prep.shards import MAX_VOCAB, temporary_path
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTINUES = "##"
@@ -77,8 +76,7 @@ def load(folder: Path) -> Tokenizer:
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
     """Write `folder` atomically, such that transformers.AutoTokenizer loads it without a network."""
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_path(folder)
     temporary.mkdir(parents=True)
     try:
         tokenizer.save(str(temporary / "tokenizer.json"))
@@ -89,7 +87,11 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
             **{f"{entry[1:-1].lower()}_token": entry for entry in SPECIAL},
         }
         (temporary / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(folder)
+        try:
+            temporary.replace(folder)
+        except OSError:
+            if not folder.is_dir():  # else another job of the same build wrote the same a moment before
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
