@@ -243,10 +243,9 @@ def _stream(
 
 def check_dropped(out: Path, max_dropped: float) -> None:
     """Raise TooManyDropped, with dropped.jsonl written, when --max-dropped is exceeded."""
-    config = shards.read_config(out)
-    num_records = config["records"]
-    parts = shards.read_parts(out, -(-num_records // config["records_per_part"]))
-    dropped = [(key, reason) for part in sorted(parts) for key, reason in parts[part]["dropped"]]
+    parts = shards.all_parts(out)
+    num_records = sum(part["records"] for part in parts)
+    dropped = [(key, reason) for part in parts for key, reason in part["dropped"]]
     if len(dropped) <= max_dropped * num_records:
         return
     shards.write_dropped(out, dropped)

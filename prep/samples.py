@@ -78,8 +78,8 @@ class Preparer:
         kept: list[tuple[Record, Jpeg, list[str], list[Encoded]]] = []
         for record in records:
             captions, encoded = self._usable(record.captions)
-            reason = "no caption" if not record.captions else "only empty captions" if not captions else ""
-            if not reason:
+            reason = "" if captions else _why_no_caption(record)
+            if captions:
                 try:
                     kept.append((record, self._image(record), captions, encoded))
                 except BrokenImage as error:
@@ -132,6 +132,12 @@ class Preparer:
             num_cut=sum(e.is_cut for e in encoded),
             num_empty=len(record.captions) - len(captions),
         )
+
+
+def _why_no_caption(record: Record) -> str:
+    if not record.captions:
+        return "no caption"
+    return "only empty captions" if all(map(is_unicode, record.captions)) else "no caption in valid Unicode"
 
 
 def caption_bits(

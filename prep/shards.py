@@ -280,6 +280,17 @@ def read_parts(out: Path, num_parts: int) -> dict[int, dict[str, Any]]:
     return {part: _read_json(path) for part, path in paths.items() if path.is_file()}
 
 
+def all_parts(out: Path) -> list[dict[str, Any]]:
+    """The summaries of all parts of the build in `out`. Raises ValueError when one is missing."""
+    config = read_config(out)
+    num_parts = -(-config["records"] // config["records_per_part"])
+    parts = read_parts(out, num_parts)
+    if missing := [part_name(part) for part in range(num_parts) if part not in parts]:
+        more = f" and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
+        raise ValueError(f"{out} lacks {', '.join(missing[:MAX_NAMED])}{more}; run the same build command again")
+    return [parts[part] for part in range(num_parts)]
+
+
 def write_dropped(out: Path, dropped: Iterable[tuple[str, str]]) -> None:
     """dropped.jsonl: one line for each record that did not make it, with its reason."""
     lines = [json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n" for key, reason in dropped]
@@ -291,13 +302,7 @@ def merge(out: Path) -> Manifest:
 
     Raises ValueError when a part is missing.
     """
-    config = read_config(out)
-    num_parts = -(-config["records"] // config["records_per_part"])
-    parts = read_parts(out, num_parts)
-    if missing := [part_name(part) for part in range(num_parts) if part not in parts]:
-        more = f" and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
-        raise ValueError(f"{out} lacks {', '.join(missing[:MAX_NAMED])}{more}; run the same build command again")
-    summaries = [parts[part] for part in range(num_parts)]
+    config, summaries = read_config(out), all_parts(out)
     dropped = [(key, reason) for part in summaries for key, reason in part["dropped"]]
     write_dropped(out, dropped)
     _write_json(out / "index.json", {"version": 2, "shards": [s for part in summaries for s in part["shards"]]})
