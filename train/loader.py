@@ -40,6 +40,7 @@ class Batch:
     host_tags: np.ndarray  # (T,) uint32, on the host: fixes the capacity of the masked rows
     host_caption_starts: np.ndarray  # (C+1,) int32, on the host
     max_caption_tokens: int
+    max_image_tokens: int  # most text tokens of one image
     epoch: int
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
@@ -147,6 +148,7 @@ class Collator:
             host_tags=host_tags,
             host_caption_starts=caption_starts,
             max_caption_tokens=max(lengths),
+            max_image_tokens=int(np.bincount(caption_image, lengths).max()),
             epoch=epoch,
         )
 
