@@ -87,6 +87,28 @@ def test_captions_are_drawn_without_replacement(shards):
     assert drawn[0] != drawn[1]
 
 
+@pytest.mark.parametrize("spec", ["noun", "random", "matched:noun"])
+def test_a_caption_masked_again_has_other_masks_beside_the_first(shards, spec):
+    """The first masking is that of a batch without repeats; an image is there once."""
+    samples = [shards[i] for i in range(64)]
+    tokenizer = shards.manifest.tokenizer
+    vocabulary = {"mask_id": tokenizer.mask_id, "vocab_size": 500, "never_drawn": tokenizer.reserved_ids}
+    plan = parse_mask(spec, tokenizer=vocabulary, bits_computed=shards.manifest.bits_computed, max_tokens=48)
+    views = [view(captions_per_image=2, maskings_per_caption=r) for r in (1, 3)]
+    once, thrice = (Collator(seen, 0, 64, "cpu", CPU)(samples, 0) for seen in views)
+    masked_once, masked = (mask_batch(batch, plan, seed=3) for batch in (once, thrice))
+    assert torch.equal(once.images, thrice.images)
+    assert len(thrice.caption_key) == 3 * len(once.caption_key)
+    masking = thrice.caption_key[:, 0] >> 16
+    assert masking.tolist() == [0, 1, 2] * len(once.caption_key)
+    first, second = (torch.repeat_interleave(masking == r, thrice.caption_starts.diff()) for r in (0, 1))
+    assert torch.equal(thrice.tokens[first], once.tokens)
+    assert torch.equal(masked.tokens[first], masked_once.tokens)
+    same = torch.equal(masked.tokens[second], masked_once.tokens)
+    assert same == (spec == "noun"), "an arm that masks all leaves nothing to draw"
+    assert thrice.max_image_tokens == 3 * once.max_image_tokens
+
+
 def test_batch_layout(shards):
     samples = [shards[i] for i in range(16)]
     batch = Collator(VIEW, 0, 16, "cpu", CPU)(samples, 0)

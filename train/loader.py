@@ -12,6 +12,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from posmask.train.decode import make_decoder
 
 @dataclass(frozen=True)
 class Batch:
-    """B images with C captions of T tokens in all; S score columns."""
+    """B images with C captions of T tokens in all, a caption that is masked R times standing R times; S scores."""
 
     tokens: Tensor  # (T,) int32
     tags: Tensor  # (T,) int32, bits of posmask.prep.pos
@@ -104,6 +105,7 @@ class View:
     captions_per_image: int | None = None  # None: all of them
     blank_rate: float = 0.0
     crop_scale: tuple[float, float] = (1.0, 1.0)
+    maskings_per_caption: int = 1  # each caption stands in a batch that often, every time with masks of its own
 
 
 class Collator:
@@ -118,11 +120,11 @@ class Collator:
 
     def __call__(self, samples: list[dict], epoch: int) -> Batch:
         ids = np.array([sample["id"] for sample in samples], np.uint64)
-        tokens, tags, scores, lengths, caption_image, captions = [], [], [], [], [], []
+        tokens, tags, scores, lengths, caption_image, caption_words = [], [], [], [], [], []
         chosen = self._draw_captions(samples, ids, epoch)
         for i, sample in enumerate(samples):
             starts = np.concatenate([[0], np.cumsum(sample["caption_lengths"], dtype=np.int64)])
-            for caption in chosen[i]:
+            for caption, masking in product(chosen[i], range(self.view.maskings_per_caption)):
                 span = slice(starts[caption], starts[caption + 1])
                 tokens.append(sample["tokens"][span])
                 tags.append(sample["tags"][span])
@@ -130,7 +132,7 @@ class Collator:
                     scores.append(sample["scores"][span])
                 lengths.append(span.stop - span.start)
                 caption_image.append(i)
-                captions.append(caption)
+                caption_words.append(caption | masking << 16)
         caption_starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         host_tags = np.concatenate(tags)
         num_tokens = len(host_tags)
@@ -142,7 +144,7 @@ class Collator:
             ),
             caption_starts=torch.from_numpy(caption_starts),
             caption_image=torch.tensor(caption_image, dtype=torch.int32),
-            caption_key=caption_keys(ids[caption_image], np.array(captions)),
+            caption_key=caption_keys(ids[caption_image], np.array(caption_words)),
             images=self._images(samples, ids, epoch),
             sample_ids=ids,
             host_tags=host_tags,
@@ -192,12 +194,12 @@ class Collator:
         return anchors.astype(np.float32), shapes.astype(np.float32)
 
 
-def caption_keys(ids: np.ndarray, captions: np.ndarray) -> Tensor:
-    """(C, 3) int32 bit patterns that name each caption in the counter: its index in the sample, id's low and high word.
+def caption_keys(ids: np.ndarray, caption_words: np.ndarray) -> Tensor:
+    """(C, 3) int32 bit patterns that name each caption in the counter: which one it is, id's low and high word.
 
-    ids (C,) uint64; captions (C,) integers below 2^16.
+    ids (C,) uint64; caption_words (C,) integers, index in the sample | masking << 16.
     """
-    words = [captions, ids & np.uint64(philox.U32), ids >> np.uint64(32)]
+    words = [caption_words, ids & np.uint64(philox.U32), ids >> np.uint64(32)]
     return torch.from_numpy(np.stack([word.astype(np.uint32) for word in words], 1).view(np.int32))
 
 
