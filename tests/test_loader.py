@@ -159,8 +159,35 @@ def test_an_undecodable_image_is_named(make):
     Image.new("RGB", (40, 40), "red").save(good, "JPEG")
     encoded = [np.frombuffer(good.getvalue(), np.uint8), np.frombuffer(b"not a JPEG at all", np.uint8)]
     whole = np.zeros((2, 2), np.float32), np.ones((2, 2), np.float32)
-    with pytest.raises(UndecodableImage, match="'broken'"):
-        make()(encoded, *whole, ["fine", "broken"])
+    decoder = make()
+    for _ in range(2):  # and the decoder goes on afterwards
+        with pytest.raises(UndecodableImage, match="'broken'") as raised:
+            decoder(encoded, *whole, ["fine", "broken"])
+        assert raised.value.index == 1
+        (red,) = decoder(encoded[:1], whole[0][:1], whole[1][:1], ["fine"])
+        assert (red.float() - torch.tensor([254.0, 0, 0])).abs().max() <= 2
+
+
+@pytest.mark.parametrize("decode", ["cpu", "dali"])
+def test_a_bad_sample_costs_itself_alone(shards, decode, caplog):
+    """With --on-bad-sample skip the others are what they are without it; it is named once and counted each time."""
+    seen = view(captions_per_image=2, blank_rate=0.3, crop_scale=(0.6, 1.0))
+    samples = [shards[i] for i in range(8)]
+    bad = {i: samples[i] | {"image": samples[i]["image"][: 100 * i]} for i in (2, 5)}
+    broken = [bad.get(i, sample) for i, sample in enumerate(samples)]
+    collate = Collator(seen, 0, 8, decode, CPU, "skip")
+    truth = collate([sample for i, sample in enumerate(samples) if i not in bad], 0)
+    for _ in range(2):
+        batch = collate(broken, 0)
+        assert batch.num_bad_samples == 2 and truth.num_bad_samples == 0
+        for name in ("tokens", "tags", "caption_starts", "caption_image", "caption_key", "images"):
+            assert torch.equal(getattr(batch, name), getattr(truth, name)), name
+    named = [record.getMessage() for record in caplog.records if "--on-bad-sample" in record.getMessage()]
+    assert [repr(samples[i]["key"]) in line for i, line in zip((2, 5), named, strict=True)] == [True, True]
+    with pytest.raises(UndecodableImage, match="--on-bad-sample skip"):
+        Collator(seen, 0, 8, decode, CPU)(broken, 0)
+    with pytest.raises(UndecodableImage):  # nothing would be left
+        collate([bad[2]], 0)
 
 
 def test_ranks_share_an_evaluation_evenly(shards):

@@ -110,6 +110,7 @@ class RunConfig:
     log_every: int
     resume: str
     decode: str
+    on_bad_sample: str
     text_weights: str | None
     image_weights: str | None
     deepspeed_config: str | None
@@ -199,7 +200,10 @@ def parse_args(argv: list[str] | None, has_gpu: bool) -> RunConfig:
     data.add_argument("--maskings-per-caption", type=int, default=1, help="times that a step masks each caption anew")
     data.add_argument("--blank-rate", type=float, default=0.1, help="share of samples shown with a blank image")
     data.add_argument("--crop-scale", type=_floats(2), default=(0.9, 1.0), help="area of the random crop: LOW,HIGH")
-    data.add_argument("--decode", choices=("auto", "dali", "cpu"), default="auto", help="what decodes the images")
+    data.add_argument("--decode", choices=("auto", "dali", "cpu"), default="auto",
+                      help="what decodes the images (auto: DALI on a GPU, torchvision on a CPU)")
+    data.add_argument("--on-bad-sample", choices=("stop", "skip"), default="stop",
+                      help="whether an image that cannot be decoded ends the run or is left out, named and counted")
 
     mask = parser.add_argument_group("masking (defaults: those of the arm)")
     mask.add_argument("--mask-amount", choices=("all", "rate", "budget", "one"), help="how many candidates are masked")

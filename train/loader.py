@@ -8,6 +8,7 @@ The place in the data is therefore one number, the step, and needs no state of i
 from __future__ import annotations
 
 import json
+import logging
 import queue
 import threading
 from collections.abc import Iterator
@@ -23,7 +24,9 @@ from torch import Tensor
 
 from posmask.kernels import philox
 from posmask.prep.shards import Manifest
-from posmask.train.decode import make_decoder
+from posmask.train.decode import UndecodableImage, make_decoder
+
+log = logging.getLogger("posmask")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Batch:
     host_caption_starts: np.ndarray  # (C+1,) int32, on the host
     max_caption_tokens: int
     max_image_tokens: int  # most text tokens of one image
+    num_bad_samples: int  # left out because their image could not be decoded
     epoch: int
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
@@ -111,14 +115,28 @@ class View:
 class Collator:
     """Turns samples into a `Batch` on the CPU (or, images decoded there, on the GPU)."""
 
-    def __init__(self, view: View, num_scores: int, max_images: int, decode: str, device: torch.device):
+    def __init__(
+        self, view: View, num_scores: int, max_images: int, decode: str, device: torch.device,
+        on_bad_sample: str = "stop",
+    ):  # fmt: skip
+        """on_bad_sample: stop (UndecodableImage), or skip a sample whose image cannot be decoded.
+
+        A skipped sample leaves its batch with all its captions, so what is learned from the others stays as it was and
+        the step's count of masked tokens, over which the loss is averaged, has those that are there. It is decided by
+        the sample alone, hence the same on any number of ranks.
+        """
+        assert on_bad_sample in ("stop", "skip")
         self.view = view
+        self.skips_bad_samples = on_bad_sample == "skip"
+        self.named: set[str] = set()  # bad samples that stderr has named
         self.num_scores = num_scores
         self.decoder = make_decoder(decode, view.image_size, max_images, device)
         self.mean = torch.tensor(view.image_mean, device=device).view(1, 3, 1, 1) * 255
         self.std = torch.tensor(view.image_std, device=device).view(1, 3, 1, 1) * 255
 
     def __call__(self, samples: list[dict], epoch: int) -> Batch:
+        num_given = len(samples)
+        samples, images = self._images(samples, epoch)
         ids = np.array([sample["id"] for sample in samples], np.uint64)
         tokens, tags, scores, lengths, caption_image, caption_words = [], [], [], [], [], []
         chosen = self._draw_captions(samples, ids, epoch)
@@ -145,12 +163,13 @@ class Collator:
             caption_starts=torch.from_numpy(caption_starts),
             caption_image=torch.tensor(caption_image, dtype=torch.int32),
             caption_key=caption_keys(ids[caption_image], np.array(caption_words)),
-            images=self._images(samples, ids, epoch),
+            images=images,
             sample_ids=ids,
             host_tags=host_tags,
             host_caption_starts=caption_starts,
-            max_caption_tokens=max(lengths),
+            max_caption_tokens=int(max(lengths)),
             max_image_tokens=int(np.bincount(caption_image, lengths).max()),
+            num_bad_samples=num_given - len(samples),
             epoch=epoch,
         )
 
@@ -165,17 +184,28 @@ class Collator:
         runs = np.split(race, np.cumsum(counts)[:-1])
         return [sorted(np.argsort(run, kind="stable")[:k].tolist()) for run in runs]
 
-    def _images(self, samples: list[dict], ids: np.ndarray, epoch: int) -> Tensor:
-        encoded = [np.frombuffer(sample["image"], np.uint8) for sample in samples]
-        anchors, shapes = self._crops(ids, epoch)
-        pixels = self.decoder(encoded, anchors, shapes, [sample["key"] for sample in samples])  # (B, H, W, 3) uint8
+    def _images(self, samples: list[dict], epoch: int) -> tuple[list[dict], Tensor]:
+        """The samples whose image could be decoded, and their images."""
+        samples, pixels = list(samples), None
+        while pixels is None:
+            ids = np.array([sample["id"] for sample in samples], np.uint64)
+            encoded = [np.array(memoryview(sample["image"])) for sample in samples]  # a copy: torch wants it writable
+            try:
+                pixels = self.decoder(encoded, *self._crops(ids, epoch), [sample["key"] for sample in samples])
+            except UndecodableImage as error:
+                if not self.skips_bad_samples or len(samples) == 1:
+                    raise
+                if error.key not in self.named:
+                    self.named.add(error.key)
+                    log.warning("--on-bad-sample skip: the image of sample %r cannot be decoded", error.key)
+                del samples[error.index]
         images = pixels.permute(0, 3, 1, 2).float()  # the permutation is what makes it channels-last
         images = images.sub_(self.mean).div_(self.std)
         if self.view.blank_rate > 0:
             draw = _draw(philox.IMAGE, ids, np.zeros(len(ids), np.int64), self.view.seed, epoch)[:, 0]
             blank = torch.from_numpy(draw < round(self.view.blank_rate * 2**32)).to(images.device)
             images.masked_fill_(blank.view(-1, 1, 1, 1), 0.0)
-        return images
+        return samples, images
 
     def _crops(self, ids: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Anchors and shapes (B, 2) fp32 as (width, height) shares of the image.

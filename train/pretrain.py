@@ -84,7 +84,8 @@ def pretrain(config: RunConfig, world: World, stop: StopSignal) -> int:
         config.captions_per_image, config.blank_rate, config.crop_scale, config.maskings_per_caption,
     )  # fmt: skip
     validate = make_validation(config, world, view, plan, shards, micro_batch_size)
-    collate = Collator(view, len(shards.manifest.scores), micro_batch_size, config.decode, world.device)
+    num_scores = len(shards.manifest.scores)
+    collate = Collator(view, num_scores, micro_batch_size, config.decode, world.device, config.on_bad_sample)
     prepare_run_folder(run, config, model_config, shards, world)
 
     engine = make_engine(model, config, settings, world.device)
@@ -224,7 +225,8 @@ def make_validation(config, world, view, plan, shards, micro_batch_size) -> Call
     whole = dataclasses.replace(
         view, captions_per_image=None, blank_rate=0.0, crop_scale=(1.0, 1.0), maskings_per_caption=1
     )
-    collate = Collator(whole, len(val.manifest.scores), micro_batch_size, config.decode, world.device)
+    num_scores = len(val.manifest.scores)
+    collate = Collator(whole, num_scores, micro_batch_size, config.decode, world.device, config.on_bad_sample)
 
     @torch.no_grad()
     def validate(engine) -> dict:
