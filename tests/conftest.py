@@ -16,6 +16,14 @@ if not torch.cuda.is_available():
 from posmask.prep.pos import MASKABLE, NUM_UPOS, WORD_START
 
 
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 @pytest.fixture(scope="session")
 def assert_within_budget():
     """Our error may exceed that of torch in the same dtype by no more than `budget`, both against an fp32 truth."""
@@ -39,7 +47,7 @@ def poisoned_memory():
 
 @pytest.fixture(scope="session")
 def make_text():
-    """Packed captions with made-up tokens and tags: make_text(num_captions, seed) → an object of (T,), (C+1,), (C, 3).
+    """Packed captions with made-up tokens and tags: make_text(num_captions, seed) → an object of (T,), (T, 2), (C+1,), (C, 3).
 
     Some captions have no maskable token, words have 1 to 4 pieces, and now and then one piece of a word has another tag
     than its neighbours or is not maskable.
@@ -61,9 +69,11 @@ def make_text():
         ids = rng.integers(0, 2**64, num_captions, dtype=np.uint64)
         first = rng.integers(0, 5, num_captions) | rng.integers(0, 3, num_captions) << 16
         key = np.stack([first, ids & np.uint64(0xFFFFFFFF), ids >> np.uint64(32)], 1).astype(np.uint32).view(np.int32)
+        tokens = rng.integers(10, 1000, len(tags)).astype(np.int32)
         return SimpleNamespace(
-            tokens=torch.from_numpy(rng.integers(10, 1000, len(tags)).astype(np.int32)),
+            tokens=torch.from_numpy(tokens),
             tags=torch.tensor(tags, dtype=torch.int32),
+            scores=torch.from_numpy(rng.choice((0, 0, 80, 81, 200, 255), (len(tags), 2)).astype(np.uint8)),
             caption_starts=torch.tensor(starts, dtype=torch.int32),
             caption_key=torch.from_numpy(key),
         )

@@ -46,7 +46,7 @@ def test_one_rank_and_two_see_the_same(shards, spec):
     seen = view(captions_per_image=2, blank_rate=0.3, crop_scale=(0.6, 1.0))
     tokenizer = shards.manifest.tokenizer
     vocabulary = {"mask_id": tokenizer.mask_id, "vocab_size": 500, "never_drawn": tokenizer.reserved_ids}
-    plan = parse_mask(spec, tokenizer=vocabulary, bits_computed=shards.manifest.bits_computed, max_tokens=48)
+    plan = parse_mask(spec, tokenizer=vocabulary, bits_computed=shards.manifest.bits_computed, max_tokens=48).at(0.0)
     # 11 steps of 32 cross the end of the first epoch of 300 images.
     one, two = collect(shards, seen, 1, 11, 32), collect(shards, seen, 2, 11, 8)
     resumed = collect(shards, seen, 2, 11, 16, start_step=7)

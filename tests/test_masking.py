@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from posmask.kernels.mask_tokens import mask_tokens
 from posmask.prep.pos import BITS, CONTENT_UPOS, MASKABLE, UPOS, UPOS_BIT, WORD_START, upos_bits
 from posmask.train import masking
-from posmask.train.masking import arm_slug, capacity, list_masks, parse_mask, random_ranges
+from posmask.train.capacity import capacity
+from posmask.train.masking import arm_slug, list_masks, parse_mask, random_ranges
 
 TOKENIZER = {"mask_id": 4, "vocab_size": 1000, "never_drawn": [0, 1, 2, 3, 4, 100, 101]}
 ALL_BITS = tuple(BITS)
 
 
 def plan_of(spec, bits=ALL_BITS, **flags):
-    return parse_mask(spec, tokenizer=TOKENIZER, bits_computed=bits, **flags)
+    return parse_mask(spec, tokenizer=TOKENIZER, bits_computed=bits, **flags).at(0.0)
 
 
 def run(text, plan, rows):

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from posmask.train.masking import arm_slug
+from posmask.kernels.mask_plan import AMOUNTS
+from posmask.train.masking import UNITS, WHEN_EMPTY, arm_slug
 
 # open_clip's RN50 was trained with these; they are also what "blank" is measured against (zeros after normalisation).
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -99,7 +100,9 @@ class RunConfig:
     zero_stage: int
     mask_amount: str | None
     mask_rate: float | None
+    mask_unit: str | None
     replace: tuple[float, float, float] | None
+    when_empty: str
     blank_rate: float
     crop_scale: tuple[float, float]
     checkpoint_every: int
@@ -206,8 +209,11 @@ def parse_args(argv: list[str] | None, has_gpu: bool) -> RunConfig:
                       help="whether an image that cannot be decoded ends the run or is left out, named and counted")
 
     mask = parser.add_argument_group("masking (defaults: those of the arm)")
-    mask.add_argument("--mask-amount", choices=("all", "rate", "budget", "one"), help="how many candidates are masked")
+    mask.add_argument("--mask-amount", choices=AMOUNTS, help="how many candidates are masked")
     mask.add_argument("--mask-rate", type=float, help="share of candidates (rate) or of the caption (budget)")
+    mask.add_argument("--mask-unit", choices=tuple(UNITS), help="what is masked as a whole")
+    mask.add_argument("--when-empty", choices=WHEN_EMPTY, default="skip", help="captions without a candidate: "
+                      "skip them, mask 15 %% of any pieces, or one content word")
     mask.add_argument("--replace", type=_floats(3), help="shares of [MASK], random word, kept: M,R,K")
 
     train = parser.add_argument_group("training")
@@ -268,8 +274,8 @@ class _ListMasks(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         from posmask.train.masking import list_masks
 
-        for name, line in list_masks():
-            print(f"{name:<12} {line}")
+        for name, source, line in list_masks():
+            print(f"{name:<16} {line}" + (f"  ({source})" if source else ""))
         parser.exit(0)
 
 
