@@ -120,5 +120,5 @@ def write_result(name: str, rows: list[dict], *packages: str) -> Path:
 
 
 def relative_error(ours: Tensor, truth: Tensor) -> float:
-    """‖ours − truth‖ / ‖truth‖ in fp64; NaN where either has one."""
+    """‖ours - truth‖ / ‖truth‖ in fp64; NaN where either has one."""
     return float((ours.double() - truth.double()).norm() / truth.double().norm())

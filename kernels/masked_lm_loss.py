@@ -127,9 +127,9 @@ def masked_lm_loss(
     empty bins. backend: see `posmask.kernels.backend.resolve`.
 
     Gradients of loss_sum come in the dtype of each argument, rounded once. Equal calls give equal bits. On CUDA the
-    host never waits and the call can be captured in a CUDA graph. Memory until the backward: the logits' gradient, M · V
-    numbers in the rows' dtype (fp32 on a CPU without bf16 arithmetic), or, where that exceeds MAX_LOGITS_BYTES, the
-    parameters' gradients in fp32.
+    host never waits and the call can be captured in a CUDA graph. Memory held until the backward: the logits' gradient,
+    M · V numbers in the rows' dtype (fp32 on a CPU without bf16 arithmetic), or, where that exceeds MAX_LOGITS_BYTES,
+    the parameters' gradients in fp32.
 
     DeepSpeed: ZeRO 0, 1 and 2 need nothing. Under ZeRO-3 `weight` and `bias` must be gathered during this call, as
     they are where a module's forward reads them; the backward needs their gradients' shapes alone.
@@ -146,5 +146,6 @@ def masked_lm_loss(
         bins = None if bins is None else bins[:num_live]
     else:
         return masked_lm_loss_reference(hidden_rows, weight, bias, targets, num_masked, bins)
-    loss_sum, *of_bins = _Loss.apply(hidden_rows, weight, bias, targets, bins, ops, torch.is_grad_enabled())
+    with torch.cuda.device_of(hidden_rows):  # Triton launches on the current device
+        loss_sum, *of_bins = _Loss.apply(hidden_rows, weight, bias, targets, bins, ops, torch.is_grad_enabled())
     return MaskedLMLoss(loss_sum, num_masked, *of_bins)

@@ -1,7 +1,8 @@
-"""The steps of `masked_lm_loss` in torch, for the CPU. M live rows, D width, V vocabulary; logits and rows in fp32.
+"""The steps of `masked_lm_loss` in torch, for the CPU. M live rows, D width, V vocabulary.
 
-bf16 is multiplied as bf16 only where the CPU has instructions for it. Elsewhere oneDNN emulates them: 5 times slower
-than fp32 (AVX-512 without AMX), so that the weight is widened block by block, in cache, on its way into a product.
+bf16 is multiplied as bf16 only where the CPU has instructions for it. Elsewhere oneDNN emulates them, at a quarter of
+the speed of fp32 (AVX-512 without AMX); rows and logits are then fp32, and the weight is widened block by block, in
+cache, on its way into a product.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def loss_and_gradients(
         wide = _widen(narrow)
         of_target, top = wide.gather(1, target), wide.amax(dim=1, keepdim=True)
         total = wide.sub_(top).exp_().sum(dim=1, keepdim=True)
-        wide.div_(total).scatter_add_(1, target, wide.new_full((), -1).expand_as(target))
+        wide.mul_(1 / total).scatter_add_(1, target, wide.new_full((), -1).expand_as(target))
         if wide is not narrow:
             narrow.copy_(wide)
         row_loss.append(top - of_target + total.log())
