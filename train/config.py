@@ -90,6 +90,7 @@ class RunConfig:
     batch_size: int  # images a step, over all ranks
     micro_batch_size: int | None  # images a forward on one rank; None: the whole share of a rank
     captions_per_image: int
+    maskings_per_caption: int
     lr: float
     warmup_steps: int
     weight_decay: float
@@ -112,13 +113,15 @@ class RunConfig:
     log_every: int
     resume: str
     decode: str
+    on_bad_sample: str
     text_weights: str | None
     image_weights: str | None
     deepspeed_config: str | None
     wandb: bool
 
     def __post_init__(self) -> None:
-        for flag in ("steps", "batch_size", "captions_per_image", "log_every", "keep_checkpoints"):
+        counts = ("steps", "batch_size", "captions_per_image", "maskings_per_caption", "log_every", "keep_checkpoints")
+        for flag in counts:
             _require(getattr(self, flag) >= 1, flag, getattr(self, flag), "at least 1")
         for flag in ("warmup_steps", "checkpoint_every", "eval_every", "snapshots", "weight_decay", "grad_clip"):
             _require(getattr(self, flag) >= 0, flag, getattr(self, flag), "0 (off) or more")
@@ -197,9 +200,13 @@ def parse_args(argv: list[str] | None, has_gpu: bool) -> RunConfig:
     data.add_argument("--data", action="append", help="folder of training shards; may be repeated (data/scenes/train)")
     data.add_argument("--val", help="folder of validation shards (the folder `val` beside the first --data)")
     data.add_argument("--captions-per-image", type=int, default=1, help="captions drawn for each image of a step")
+    data.add_argument("--maskings-per-caption", type=int, default=1, help="times that a step masks each caption anew")
     data.add_argument("--blank-rate", type=float, default=0.1, help="share of samples shown with a blank image")
     data.add_argument("--crop-scale", type=_floats(2), default=(0.9, 1.0), help="area of the random crop: LOW,HIGH")
-    data.add_argument("--decode", choices=("auto", "dali", "cpu"), default="auto", help="what decodes the images")
+    data.add_argument("--decode", choices=("auto", "dali", "cpu"), default="auto",
+                      help="what decodes the images (auto: DALI on a GPU, torchvision on a CPU)")
+    data.add_argument("--on-bad-sample", choices=("stop", "skip"), default="stop",
+                      help="whether an image that cannot be decoded ends the run or is left out, named and counted")
 
     mask = parser.add_argument_group("masking (defaults: those of the arm)")
     mask.add_argument("--mask-amount", choices=AMOUNTS, help="how many candidates are masked")

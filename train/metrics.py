@@ -20,7 +20,7 @@ from posmask.prep.pos import UPOS
 from posmask.train.engine import World
 from posmask.train.loader import Batch
 
-COUNTERS = ("images", "captions", "tokens", "masked_tokens")
+COUNTERS = ("images", "captions", "tokens", "masked_tokens", "bad_samples")
 
 
 class LossSums:
@@ -55,7 +55,7 @@ class Window:
         self.world = world
         self.losses = LossSums(world.device)
         self.overflow = torch.zeros((), dtype=torch.float64, device=world.device)
-        self.done = dict.fromkeys(("images", "captions", "tokens"), 0)
+        self.done = dict.fromkeys((name for name in COUNTERS if name != "masked_tokens"), 0)
         self.total_s = self.wait_s = 0.0
         self.since_s = time.monotonic()
 
@@ -78,6 +78,7 @@ class Window:
         self.done["images"] += len(batch.sample_ids)
         self.done["captions"] += batch.caption_image.numel()
         self.done["tokens"] += batch.tokens.numel()
+        self.done["bad_samples"] += batch.num_bad_samples
 
     def _stop_clock(self) -> None:
         now_s = time.monotonic()
@@ -91,7 +92,8 @@ class Window:
         assert dropped == 0, f"{dropped:.0f} masked tokens did not fit their static capacity"
         totals = dict(zip(self.done, map(int, counts), strict=True)) | {"masked_tokens": values.pop("masked")}
         self._stop_clock()
-        values |= {f"{name}_per_s": round(count / self.total_s, 1) for name, count in totals.items()}
+        rates = (item for item in totals.items() if item[0] != "bad_samples")
+        values |= {f"{name}_per_s": round(count / self.total_s, 1) for name, count in rates}
         values["data_wait_share"] = round(self.wait_s / self.total_s, 4)
         self.done = dict.fromkeys(self.done, 0)
         self.total_s = self.wait_s = 0.0

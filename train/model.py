@@ -10,7 +10,7 @@ layers are the text encoder, the next ones the fusion encoder (the split of ALBE
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 
 from posmask.kernels.masked_lm_loss import MaskedLMLoss, masked_lm_loss
+from posmask.train.attention import Ragged
 from posmask.train.config import ModelConfig
 
 
@@ -54,35 +55,29 @@ class ImageEncoder(nn.Module):
         return self.norm(tokens + self.position.weight)
 
 
-class Packing(NamedTuple):
-    """Where each packed token lies in the padded (C, L) layout that attention works in."""
+@dataclass(frozen=True)
+class Packing:
+    """Where captions lie in their packed tokens, and which tokens attend to which."""
 
-    slot: Tensor  # (T,) int64: caption * L + position
-    position: Tensor  # (T,) int64: place inside the caption
-    valid: Tensor  # (C, 1, 1, L) bool: false on padding
-    num_captions: int
+    starts: Tensor  # (C+1,) int32
     max_length: int
+    caption: Tensor  # (T,) int64: caption of each token
+    position: Tensor  # (T,) int64: place inside the caption
+    within_captions: Ragged
 
     @staticmethod
     def of(caption_starts: Tensor, num_tokens: int, max_length: int) -> Packing:
-        """From caption_starts (C+1,) int32; `max_length` is known on the host, so nothing waits for the device."""
+        """From caption_starts (C+1,); `max_length` is known on the host, so that nothing waits for the device."""
         starts = caption_starts.long()
-        num_captions = starts.numel() - 1
         token = torch.arange(num_tokens, device=starts.device)
         caption = torch.searchsorted(starts[1:], token, right=True)
-        position = token - starts[caption]
-        lengths = starts[1:] - starts[:-1]
-        valid = torch.arange(max_length, device=starts.device) < lengths[:, None]
-        return Packing(caption * max_length + position, position, valid[:, None, None], num_captions, max_length)
+        within_captions = Ragged(caption, starts.int(), max_length, max_length, is_sorted=True)
+        return Packing(starts.int(), max_length, caption, token - starts[caption], within_captions)
 
-    def pad(self, x: Tensor, num_heads: int) -> Tensor:
-        """(T, D) -> (C, H, L, D / H), zeros on padding."""
-        padded = x.new_zeros(self.num_captions * self.max_length, x.shape[-1]).index_copy(0, self.slot, x)
-        return padded.view(self.num_captions, self.max_length, num_heads, -1).transpose(1, 2)
-
-    def pack(self, x: Tensor) -> Tensor:
-        """(C, H, L, D / H) -> (T, D)."""
-        return x.transpose(1, 2).reshape(self.num_captions * self.max_length, -1).index_select(0, self.slot)
+    def rows_within_captions(self, index: Tensor, live: Tensor | None) -> Ragged:
+        """Rows `index` (M,), ascending where they are live, attend to all tokens of their caption."""
+        caption = self.caption[index]
+        return Ragged(caption, self.starts, self.max_length, self.max_length, is_sorted=True, live=live)
 
 
 class SelfOutput(nn.Module):
@@ -114,24 +109,9 @@ class Attention(nn.Module):
         self.self = QueryKeyValue(config)
         self.output = SelfOutput(config.width, config.width)
 
-    def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
-        query, key, value = (
-            packing.pad(layer(x_TD), self.num_heads) for layer in (self.self.query, self.self.key, self.self.value)
-        )
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=packing.valid)
-        return self.output(packing.pack(context), x_TD)
-
-
-class CrossAttention(Attention):
-    def forward(self, x_TD: Tensor, packing: Packing, image_BND: Tensor, caption_image: Tensor) -> Tensor:
-        query = packing.pad(self.self.query(x_TD), self.num_heads)
-        # Keys and values are projected once an image, then shared by its captions.
-        key, value = (
-            layer(image_BND).unflatten(-1, (self.num_heads, -1)).transpose(1, 2).index_select(0, caption_image)
-            for layer in (self.self.key, self.self.value)
-        )
-        context = F.scaled_dot_product_attention(query, key, value)
-        return self.output(packing.pack(context), x_TD)
+    def forward(self, query_QD: Tensor, key_KD: Tensor, attend: Ragged) -> Tensor:
+        query, key, value = self.self.query(query_QD), self.self.key(key_KD), self.self.value(key_KD)
+        return self.output(attend(query, key, value, self.num_heads), query_QD)
 
 
 class Intermediate(nn.Module):
@@ -150,15 +130,17 @@ class Layer(nn.Module):
         super().__init__()
         self.attention = Attention(config)
         if fuses:
-            self.crossattention = CrossAttention(config)
+            self.crossattention = Attention(config)
         self.intermediate = Intermediate(config)
         self.output = SelfOutput(4 * config.width, config.width)
 
-    def forward(self, x_TD: Tensor, packing: Packing, image_BND=None, caption_image=None) -> Tensor:
-        x_TD = self.attention(x_TD, packing)
-        if image_BND is not None:
-            x_TD = self.crossattention(x_TD, packing, image_BND, caption_image)
-        return self.output(self.intermediate(x_TD), x_TD)
+    def forward(self, x_TD: Tensor, attend: Ragged, image_KD=None, attend_image=None, index=None) -> Tensor:
+        """(T, D), or the rows `index` (M,) of it; all tokens are keys of its self-attention in either case."""
+        rows = x_TD if index is None else x_TD.index_select(0, index)
+        rows = self.attention(rows, x_TD, attend)
+        if image_KD is not None:
+            rows = self.crossattention(rows, image_KD, attend_image)
+        return self.output(self.intermediate(rows), rows)
 
 
 class Embeddings(nn.Module):
@@ -212,18 +194,34 @@ class PosMaskModel(nn.Module):
         """tokens (T,) int32 -> (T, D), before any image is seen."""
         x_TD = self.embeddings(tokens, packing.position)
         for layer in self.text:
-            x_TD = layer(x_TD, packing)
+            x_TD = layer(x_TD, packing.within_captions)
         return x_TD
 
-    def fuse(self, text_TD: Tensor, packing: Packing, image_BND: Tensor, caption_image: Tensor) -> Tensor:
-        """(T, D) x (B, N, D) -> (T, D); caption_image (C,) int32 says which image each caption belongs to."""
-        for layer in self.fusion:
-            text_TD = layer(text_TD, packing, image_BND, caption_image)
-        return text_TD
+    def fuse(
+        self, text_TD: Tensor, packing: Packing, image_BND: Tensor, caption_image: Tensor,
+        index: Tensor | None = None, live: Tensor | None = None, max_image_tokens: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """(T, D) x (B, N, D) -> (T, D), or its rows `index` (M,) alone, which the last layer then works out alone.
 
-    def predict(self, hidden_TD: Tensor, index: Tensor, targets: Tensor, num_masked: Tensor, bins=None) -> MaskedLMLoss:
-        """The masked-LM loss at rows `index` (M,) of hidden_TD; see `masked_lm_loss` for the rest."""
-        rows_MD = hidden_TD.index_select(0, index)
+        caption_image (C,) int32 says which image each caption belongs to. live (M,) bool, as in `Ragged`: spare rows of
+        the result mean nothing. max_image_tokens bounds the text tokens of one image (by default: all of them).
+        """
+        num_images, num_image_tokens = image_BND.shape[:2]
+        image_KD = image_BND.flatten(0, 1)
+        owner = caption_image.long()[packing.caption]  # (T,)
+        starts = torch.arange(num_images + 1, dtype=torch.int32, device=owner.device) * num_image_tokens
+        most = max_image_tokens or len(text_TD)
+        attend_image = Ragged(owner, starts, most, num_image_tokens, is_sorted=False)
+        *layers, last = self.fusion
+        for layer in layers:
+            text_TD = layer(text_TD, packing.within_captions, image_KD, attend_image)
+        if index is None:
+            return last(text_TD, packing.within_captions, image_KD, attend_image)
+        attend_image = Ragged(owner[index], starts, most, num_image_tokens, is_sorted=False, live=live)
+        return last(text_TD, packing.rows_within_captions(index, live), image_KD, attend_image, index)
+
+    def predict(self, rows_MD: Tensor, targets: Tensor, num_masked: Tensor, bins=None) -> MaskedLMLoss:
+        """The masked-LM loss of fused rows (M, D); see `masked_lm_loss` for the rest."""
         return self.head(rows_MD, self.embeddings.word_embeddings.weight, targets, num_masked, bins)
 
     def logits(self, rows_MD: Tensor) -> Tensor:
@@ -232,10 +230,18 @@ class PosMaskModel(nn.Module):
 
     def forward(self, batch, masked, bins: Tensor | None) -> MaskedLMLoss:
         """batch: `loader.Batch` on the device; masked: `MaskedTokens` of it; bins (M,): POS of each masked row."""
+        index, targets = masked.index, masked.targets
+        if not index.is_cuda:  # the host knows the count: leave the spare rows out, all but one if none is live
+            num_rows = max(1, int(masked.num_masked))
+            index, targets = index[:num_rows], targets[:num_rows]
+            bins = None if bins is None else bins[:num_rows]
         packing = Packing.of(batch.caption_starts, batch.tokens.numel(), batch.max_caption_tokens)
         image_BND = self.image(batch.images)
-        hidden_TD = self.fuse(self.encode_text(masked.tokens, packing), packing, image_BND, batch.caption_image)
-        return self.predict(hidden_TD, masked.index, masked.targets, masked.num_masked, bins)
+        text_TD = self.encode_text(masked.tokens, packing)
+        rows_MD = self.fuse(
+            text_TD, packing, image_BND, batch.caption_image, index, targets >= 0, batch.max_image_tokens
+        )
+        return self.predict(rows_MD, targets, masked.num_masked, bins)
 
 
 def _replace_batch_norm(module: nn.Module) -> None:

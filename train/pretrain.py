@@ -82,10 +82,11 @@ def pretrain(config: RunConfig, world: World, stop: StopSignal) -> int:
         check_same_model(source, model_config)
     view = View(
         config.seed, model_config.image_size, model_config.image_mean, model_config.image_std,
-        config.captions_per_image, config.blank_rate, config.crop_scale,
+        config.captions_per_image, config.blank_rate, config.crop_scale, config.maskings_per_caption,
     )  # fmt: skip
     validate = make_validation(config, world, view, shards, micro_batch_size)
-    collate = Collator(view, len(shards.manifest.scores), micro_batch_size, config.decode, world.device)
+    num_scores = len(shards.manifest.scores)
+    collate = Collator(view, num_scores, micro_batch_size, config.decode, world.device, config.on_bad_sample)
     prepare_run_folder(run, config, model_config, shards, world)
 
     engine = make_engine(model, config, settings, world.device)
@@ -234,8 +235,11 @@ def make_validation(config, world, view, shards, micro_batch_size) -> Callable |
         raise ValueError(f"--val {config.val} has another tokenizer; build it with that of {config.data[0]}")
     if len(val) < world.size:
         raise ValueError(f"--val {config.val}: {len(val)} images are fewer than {world.size} ranks")
-    whole = dataclasses.replace(view, captions_per_image=None, blank_rate=0.0, crop_scale=(1.0, 1.0))
-    collate = Collator(whole, len(val.manifest.scores), micro_batch_size, config.decode, world.device)
+    whole = dataclasses.replace(
+        view, captions_per_image=None, blank_rate=0.0, crop_scale=(1.0, 1.0), maskings_per_caption=1
+    )
+    num_scores = len(val.manifest.scores)
+    collate = Collator(whole, num_scores, micro_batch_size, config.decode, world.device, config.on_bad_sample)
 
     @torch.no_grad()
     def validate(engine, plan, bit_weights) -> dict:
