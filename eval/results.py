@@ -37,6 +37,16 @@ def save(out: Path, results: dict, outcome: Outcome) -> None:
     partial.replace(out / "results.json")
 
 
+def percent(share: float | None) -> str:
+    """A share in percent with one decimal; a dash for None."""
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def percent_interval(ends: list[float] | None) -> str:
+    """[0.4, 0.6] as "40.0-60.0"; a dash for None."""
+    return "-" if ends is None else f"{100 * ends[0]:.1f}-{100 * ends[1]:.1f}"
+
+
 def render(title: str, header: list[str], rows: list[list[str]]) -> str:
     """A plain-text table; the first column is text, the others numbers."""
     table = Table(title=title, title_justify="left")
