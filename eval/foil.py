@@ -15,13 +15,12 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from posmask.eval import pairs, photos, scoring
 from posmask.eval.annotations import read_entries
 from posmask.eval.pairs import Pair, Scored
-from posmask.eval.results import Outcome, percent, percent_interval, render
+from posmask.eval.results import Outcome, draw_bars, percent, percent_interval, render
 from posmask.eval.scoring import Encoder, Query, Score, Text, has_head, hide, pll_holes
 from posmask.eval.stats import rate
 from posmask.prep.pos import UPOS_BIT
@@ -140,20 +139,20 @@ def evaluate(model: PosMaskModel, run: Path, config: dict, args: argparse.Namesp
 
     results = {
         "data": args.annotations, "num_items": len(kept), "num_missing": scored.num_missing,
-        "missing_photos": scored.missing, "num_cut": scored.num_cut, "score": score.name,
-        "is_default_score": args.score is None, "num_not_located": len(kept) - len(located),
+        "missing_photos": scored.missing, "num_cut": scored.num_cut, "num_unknown": scored.num_unknown,
+        "score": score.name, "is_default_score": args.score is None, "num_not_located": len(kept) - len(located),
         "num_targets": len(vocabulary), "num_slots_tagged_noun": sum(bool(slots[i] & nouns[i]) for i in located),
         "tasks": tasks, "chance": chance,
     }  # fmt: skip
     title = f"foil of {run}, score {score.name}, {len(kept):,} pairs of {args.annotations}; 95 % intervals over items"
     title += f"\nT3 chooses among {len(vocabulary)} words; {len(kept) - len(located)} foils not found in their caption"
-    if scored.num_missing:
-        title += f"\n{scored.num_missing:,} pairs left out, {len(scored.missing):,} photos missing"
+    title += pairs.notes(scored)
     if score.match(np.zeros(1)) is None:
         title += "\na likelihood has no threshold between right and foiled, so no T1 classification"
     rows = rows_of(tasks, chance)
     table = make_table(title, rows, names)
-    return Outcome(results, predictions, table, lambda figure: draw(figure, rows, names, title))
+    bars, levels = [row[:2] for row in rows], [row[2] for row in rows]
+    return Outcome(results, predictions, table, lambda figure: draw_bars(figure, title, bars, "accuracy [%]", levels))
 
 
 def find_slot(right: Text, foiled: Text, wrong: Text) -> set[int] | None:
@@ -259,22 +258,3 @@ def make_table(title: str, measures: list, names: tuple[str, ...]) -> str:
             row += [percent(entry and entry["accuracy"]), percent_interval(entry and entry["interval"])]
         rows.append(row)
     return render(title, header, rows)
-
-
-def draw(figure: Figure, rows: list, names: tuple[str, ...], title: str) -> None:
-    """Accuracy of each measure, by what image is shown."""
-    figure.suptitle(title.split("\n")[0], fontsize=8)
-    axis = figure.subplots()
-    width = 0.8 / len(names)
-    for k, name in enumerate(names):
-        heights = [np.nan if not (e := by_name.get(name)) or e["accuracy"] is None else 100 * e["accuracy"]
-                   for _, by_name, _ in rows]  # fmt: skip
-        label = "its own image" if name == "image" else f"{name} image"
-        axis.bar(np.arange(len(rows)) + width * (k - (len(names) - 1) / 2), heights, width, label=label)
-    axis.set_xticks(np.arange(len(rows)), [label for label, *_ in rows])
-    for i, (_, _, by_chance) in enumerate(rows):
-        axis.hlines(100 * (by_chance or 0), i - 0.45, i + 0.45, color="0.3", linestyle="--", linewidth=0.8)
-    axis.set_ylabel("accuracy [%]")
-    axis.set_ylim(0, 100)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from posmask.eval import photos, scoring
 from posmask.eval.photos import PhotoEncoder, PhotoFolders
-from posmask.eval.results import Outcome, percent, percent_interval, render
+from posmask.eval.results import Outcome, draw_bars, percent, percent_interval, render
 from posmask.eval.scoring import Encoder, Score
 from posmask.eval.stats import bootstrap_means, interval, mean_interval
 from posmask.train.model import PosMaskModel
@@ -70,6 +70,7 @@ class Scored:
     missing: list[str]  # photos
     num_missing: int  # pairs left out for their photo
     num_cut: int  # texts
+    num_unknown: int  # texts with a word that the vocabulary cannot spell
 
 
 def find_photos(pairs: Sequence[Pair], args: argparse.Namespace) -> tuple[PhotoFolders, list[Pair], list[str]]:
@@ -115,8 +116,9 @@ def score_pairs(
             also(couples, shown)
     if score.is_gain:  # the blank image's own gain is nothing; its row stays the score that text alone reaches
         raw = {name: values if name == "blank" else values - raw["blank"] for name, values in raw.items()}
-    num_cut = sum(text.is_cut for text in (*captions, *foils))
-    return Scored(kept, raw, missing, len(pairs) - len(kept), num_cut)
+    texts = (*captions, *foils)
+    num_cut, num_unknown = sum(text.is_cut for text in texts), sum(text.has_unknown for text in texts)
+    return Scored(kept, raw, missing, len(pairs) - len(kept), num_cut, num_unknown)
 
 
 def pair_metrics(scores: np.ndarray, match: np.ndarray | None) -> dict[str, float | None]:
@@ -184,7 +186,8 @@ def report(task: str, run: Path, data: str, scored: Scored, score: Score, is_def
     undefined = int(np.isnan(scored.scores["image"]).any(1).sum())
     results = {
         "data": data, "num_items": len(scored.pairs), "num_missing": scored.num_missing,
-        "missing_photos": scored.missing, "num_cut": scored.num_cut, "num_undefined": undefined,
+        "missing_photos": scored.missing, "num_cut": scored.num_cut, "num_unknown": scored.num_unknown,
+        "num_undefined": undefined,
         "score": score.name, "is_default_score": is_default, "has_threshold": score.match(np.zeros(1)) is not None,
         **extra, **summary,
     }  # fmt: skip
@@ -194,14 +197,23 @@ def report(task: str, run: Path, data: str, scored: Scored, score: Score, is_def
         title += f"\nthe row of the blank image is {score.base} itself: what text alone reaches"
     if score.match(np.zeros(1)) is None:
         title += "\na likelihood has no threshold between match and mismatch, so no p_c, p_f, acc"
-    if scored.num_missing:
-        title += f"\n{scored.num_missing:,} pairs left out, {len(scored.missing):,} photos missing"
     if undefined:
         title += f"\n{undefined:,} pairs whose difference is an insertion are left out: diff has nothing to score"
-    if scored.num_cut:
-        title += f"\n{scored.num_cut:,} texts were cut to --max-tokens"
+    title += notes(scored)
     table = make_table(title, summary)
-    return Outcome(results, predictions(scored), table, lambda figure: draw(figure, summary, title.split("\n")[0]))
+    return Outcome(results, predictions(scored), table, lambda figure: draw(figure, summary, title))
+
+
+def notes(scored: Scored) -> str:
+    """Lines below a title: what was left out or cut."""
+    lines = []
+    if scored.num_missing:
+        lines.append(f"{scored.num_missing:,} pairs left out, {len(scored.missing):,} photos missing")
+    if scored.num_cut:
+        lines.append(f"{scored.num_cut:,} texts were cut to --max-tokens")
+    if scored.num_unknown:
+        lines.append(f"{scored.num_unknown:,} texts hold a word that the vocabulary of the run cannot spell")
+    return "".join("\n" + line for line in lines)
 
 
 def predictions(scored: Scored) -> list[dict]:
@@ -236,24 +248,10 @@ def make_table(title: str, summary: dict) -> str:
 
 
 def draw(figure: Figure, summary: dict, title: str) -> None:
-    """acc_r of each group with its image, beside the controls; chance is the dashed line."""
-    figure.suptitle(title, fontsize=8)
-    groups = summary["groups"]
-    names = [name for name in scoring.CONDITIONS if name in summary["macro"]]
-    axis = figure.subplots()
-    x = np.arange(len(groups))
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        entries = [entry[name] for entry in groups.values()]
-        heights = np.array([np.nan if e["acc_r"] is None else 100 * e["acc_r"] for e in entries])
-        ends = np.array([[np.nan, np.nan] if e["acc_r_interval"] is None else e["acc_r_interval"] for e in entries])
-        errors = np.abs(100 * ends.T - heights)
-        label = "its own image" if name == "image" else f"{name} image"
-        axis.bar(x + width * (i - (len(names) - 1) / 2), heights, width, yerr=errors, label=label,
-                 error_kw={"elinewidth": 0.8})  # fmt: skip
-    axis.axhline(50, color="0.3", linestyle="--", linewidth=0.8)
-    axis.set_xticks(x, groups, rotation=35, ha="right")
-    axis.set_ylabel("caption above foil [%]")
-    axis.set_ylim(0, 100)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    """acc_r of each group with its image, beside the controls."""
+    rows = [
+        (group, {name: {"accuracy": entry[name]["acc_r"], "interval": entry[name]["acc_r_interval"]}
+                 for name in scoring.CONDITIONS if name in entry})
+        for group, entry in summary["groups"].items()
+    ]  # fmt: skip
+    draw_bars(figure, title, rows, "caption above foil [%]", [0.5] * len(rows))

@@ -64,6 +64,7 @@ class Text(NamedTuple):
     word_of: np.ndarray  # (L,) int64, number of the word, -1 on [CLS] and [SEP]
     spans: list[tuple[int, int]]  # (L - 2) characters [start, end) of each piece
     is_cut: bool
+    has_unknown: bool  # a word that the vocabulary cannot spell
 
 
 class Query(NamedTuple):
@@ -138,7 +139,8 @@ class Encoder:
         for encoded in self.encode(texts):
             words = np.cumsum(encoded.word_starts) - 1 if encoded.word_starts else np.zeros(0, np.int64)
             word_of = np.concatenate([[-1], words, [-1]])
-            out.append(Text(np.array(encoded.ids, np.int32), word_of, encoded.pieces, encoded.is_cut))
+            ids = np.array(encoded.ids, np.int32)
+            out.append(Text(ids, word_of, encoded.pieces, encoded.is_cut, self.encode.unk_id in encoded.ids))
         return out
 
 

@@ -35,10 +35,10 @@ def bootstrap_means(values: np.ndarray, item_stream: int = 0, seed_stream: int =
     means = []
     for start in range(0, NUM_RESAMPLES, CHUNK):
         size = min(CHUNK, NUM_RESAMPLES - start)
-        item_counts = item_rng.multinomial(num_items, np.full(num_items, 1 / num_items), size=size)
-        seed_counts = seed_rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=size)
-        per_seed = item_counts @ values.T  # (size, S)
-        means.append((per_seed * seed_counts).sum(1) / (num_items * num_seeds))
+        items = item_rng.integers(num_items, size=(size, num_items))
+        seeds = seed_rng.integers(num_seeds, size=(size, num_seeds))
+        per_seed = np.stack([of_seed[items].mean(1) for of_seed in values], 1)  # (size, S)
+        means.append(np.take_along_axis(per_seed, seeds, 1).mean(1))
     return np.concatenate(means)
 
 

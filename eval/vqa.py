@@ -14,11 +14,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from posmask.eval.annotations import read_entries, read_json
-from posmask.eval.results import Outcome, percent, percent_interval, render
+from posmask.eval.results import Outcome, draw_bars, percent, percent_interval, render
 from posmask.eval.stats import rate
 from posmask.train.model import PosMaskModel
 
@@ -231,19 +230,6 @@ def make_table(title: str, results: dict) -> str:
 
 
 def draw(figure: Figure, results: dict, title: str) -> None:
-    """Accuracy by answer type and by group, with and without the image."""
-    figure.suptitle(title.split("\n")[0], fontsize=8)
+    """Accuracy overall, by answer type and by group."""
     rows = [("overall", results["overall"]), *results["answer_types"].items(), *results["groups"].items()]
-    names = tuple(results["overall"])
-    axis = figure.subplots()
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        heights = np.array([100 * entry[name]["accuracy"] for _, entry in rows])
-        ends = np.array([entry[name]["interval"] for _, entry in rows]).T * 100
-        axis.bar(np.arange(len(rows)) + width * (i - (len(names) - 1) / 2), heights, width, label=name,
-                 yerr=np.abs(ends - heights), error_kw={"elinewidth": 0.8})  # fmt: skip
-    axis.set_xticks(np.arange(len(rows)), [label for label, _ in rows], rotation=35, ha="right")
-    axis.set_ylabel("VQA accuracy [%]")
-    axis.set_ylim(0, 100)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, title="shown image")
+    draw_bars(figure, title, rows, "VQA accuracy [%]", [])
