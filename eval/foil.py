@@ -156,14 +156,18 @@ def evaluate(model: PosMaskModel, run: Path, config: dict, args: argparse.Namesp
 
 
 def find_slot(right: Text, foiled: Text, wrong: Text) -> set[int] | None:
-    """The words (numbers) of the foiled caption that stand where the right one differs; else where `wrong` stands."""
-    a, b = words_of(right), words_of(foiled)
-    changed = [op for op in SequenceMatcher(None, a, b, autojunk=False).get_opcodes() if op[0] != "equal"]
-    if len(changed) == 1 and changed[0][3] < changed[0][4]:
-        return set(range(changed[0][3], changed[0][4]))
-    sought = words_of(wrong)
-    starts = [i for i in range(len(b) - len(sought) + 1) if b[i : i + len(sought)] == sought]
-    return set(range(starts[0], starts[0] + len(sought))) if len(starts) == 1 else None
+    """The words (numbers) of the foiled caption that are wrong; None if that is not to be told.
+
+    The one place where `wrong` stands and the captions differ; failing that, the one place where they differ at all.
+    """
+    a, b, sought = words_of(right), words_of(foiled), words_of(wrong)
+    edits = SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
+    changed = [set(range(start, end)) for kind, _, _, start, end in edits if kind != "equal"]
+    stands = [set(range(i, i + len(sought))) for i in range(len(b)) if b[i : i + len(sought)] == sought]
+    for places in ([place for place in stands if any(place & edit for edit in changed)], changed):
+        if len(places) == 1 and places[0]:
+            return places[0]
+    return None
 
 
 def words_of(text: Text) -> list[tuple[int, ...]]:
