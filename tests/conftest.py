@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+
+# Triton reads it where a kernel is defined, so before any test imports one.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from posmask.prep.pos import MASKABLE, NUM_UPOS, WORD_START
 

@@ -9,7 +9,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from posmask.kernels.mask_tokens import MaskPlan, mask_tokens, select_reference
+from posmask.kernels.mask_plan import MaskPlan
+from posmask.kernels.mask_tokens import mask_tokens, select_reference
 from posmask.kernels.philox import SELECT, draw_words
 from posmask.prep.pos import MASKABLE, UPOS_BIT, WORD_START
 

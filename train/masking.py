@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from posmask.kernels.mask_tokens import AMOUNTS, MaskPlan
+from posmask.kernels.mask_plan import AMOUNTS, MaskPlan
 from posmask.prep.pos import BITS, CONTENT_UPOS, FUNCTION_UPOS, MASKABLE, UPOS, WORD_START, upos_bits
 
 DEFAULT_RATE = 0.15
