@@ -90,7 +90,9 @@ def evaluate(model: PosMaskModel, run: Path, config: dict, args: argparse.Namesp
         for texts in ([f.pair.caption for f in kept], [f.pair.foil for f in kept], [f.wrong for f in kept])
     )
     slots = [find_slot(*texts) for texts in zip(rights, foiled, wrongs, strict=True)]
-    located = [i for i, slot in enumerate(slots) if slot is not None]
+    num_not_located = slots.count(None)
+    reads_words = "mlm" in model.config.objectives
+    located = [i for i, slot in enumerate(slots) if slot is not None and reads_words]
     nouns = noun_words([foil.pair.foil for foil in kept], foiled, args.tagger)
     names = ("image", *scoring.parse_controls(args.controls))
     words = {name: {} for name in names}  # log-probability of each word of a foiled caption
@@ -100,7 +102,7 @@ def evaluate(model: PosMaskModel, run: Path, config: dict, args: argparse.Namesp
     def read_words(couples: list[tuple[int, int]], shown: dict[str, Tensor]) -> None:
         queries, owners = [], []  # owners: (foil, word), or (foil, None) for a candidate
         for image, i in couples:
-            if slots[i] is not None:
+            if slots[i] is not None and reads_words:
                 for word in readable_words(kept[i].pair.foil, foiled[i]):
                     queries += word_queries(foiled[i], word, image, len(owners), encoder.mask_id)
                     owners.append((i, word))
@@ -140,13 +142,16 @@ def evaluate(model: PosMaskModel, run: Path, config: dict, args: argparse.Namesp
     results = {
         "data": args.annotations, "num_items": len(kept), "num_missing": scored.num_missing,
         "missing_photos": scored.missing, "num_cut": scored.num_cut, "num_unknown": scored.num_unknown,
-        "score": score.name, "is_default_score": args.score is None, "num_not_located": len(kept) - len(located),
+        "score": score.name, "is_default_score": args.score is None, "num_not_located": num_not_located,
         "num_targets": len(vocabulary), "num_slots_tagged_noun": sum(bool(slots[i] & nouns[i]) for i in located),
         "tasks": tasks, "chance": chance,
     }  # fmt: skip
-    title = f"foil of {run}, score {score.name}, {len(kept):,} pairs of {args.annotations}; 95 % intervals over items"
-    title += f"\nT3 chooses among {len(vocabulary)} words; {len(kept) - len(located)} foils not found in their caption"
+    title = f"foil of {run}, score {score.name}{pairs.default_note(score, args.score is None)}, "
+    title += f"{len(kept):,} pairs of {args.annotations}; 95 % intervals over items"
+    title += f"\nT3 chooses among {len(vocabulary)} words; {num_not_located} foils not found in their caption"
     title += pairs.notes(scored)
+    if not reads_words:
+        title += "\nthe run has not learned to fill in words: no T2, no T3"
     if score.match(np.zeros(1)) is None:
         title += "\na likelihood has no threshold between right and foiled, so no T1 classification"
     rows = rows_of(tasks, chance)

@@ -105,13 +105,19 @@ def score_pairs(
         shown = scoring.conditions(model, features, controls, seed=window.start)
         couples = [(image, i) for image, name in enumerate(names[window]) for i in by_photo[name]]
         queries, scored = [], []
-        for image, i in couples:
-            asked = scoring.pair_queries(captions[i], foils[i], image, 2 * len(scored), score.base, encoder.mask_id)
-            if asked is not None:
-                queries += asked
-                scored.append(i)
-        for name, sums in scoring.log_probs(model, queries, shown, 2 * len(scored)).items():
-            raw[name][scored] = sums.reshape(-1, 2)
+        if score.base in scoring.HEADS:
+            scored = [i for _, i in couples]
+            texts = [text for i in scored for text in (captions[i], foils[i])]
+            found = scoring.head_scores(model, texts, np.repeat([image for image, _ in couples], 2), shown, score.base)
+        else:
+            for image, i in couples:
+                asked = scoring.pair_queries(captions[i], foils[i], image, 2 * len(scored), score.base, encoder.mask_id)
+                if asked is not None:
+                    queries += asked
+                    scored.append(i)
+            found = scoring.log_probs(model, queries, shown, 2 * len(scored))
+        for name, values in found.items():
+            raw[name][scored] = values.reshape(-1, 2)
         if also:
             also(couples, shown)
     if score.is_gain:  # the blank image's own gain is nothing; its row stays the score that text alone reaches
@@ -191,7 +197,7 @@ def report(task: str, run: Path, data: str, scored: Scored, score: Score, is_def
         "score": score.name, "is_default_score": is_default, "has_threshold": score.match(np.zeros(1)) is not None,
         **extra, **summary,
     }  # fmt: skip
-    title = f"{task} of {run}, score {score.name}" + (" (the default without an itm head)" if is_default else "")
+    title = f"{task} of {run}, score {score.name}" + default_note(score, is_default)
     title += f", {len(scored.pairs):,} pairs of {data}; 95 % intervals over items"
     if score.is_gain:
         title += f"\nthe row of the blank image is {score.base} itself: what text alone reaches"
@@ -202,6 +208,11 @@ def report(task: str, run: Path, data: str, scored: Scored, score: Score, is_def
     title += notes(scored)
     table = make_table(title, summary)
     return Outcome(results, predictions(scored), table, lambda figure: draw(figure, summary, title))
+
+
+def default_note(score: Score, is_default: bool) -> str:
+    """What a title says of a score that nobody chose."""
+    return "" if not is_default else " (the default)" if score.base == "itm" else " (the default without an itm head)"
 
 
 def notes(scored: Scored) -> str:

@@ -56,6 +56,8 @@ class Holes:
 
 def evaluate(model: PosMaskModel, run: Path, config: dict, args: argparse.Namespace) -> Outcome:
     """Probes `model` on the shards of --data. Raises ValueError if they do not fit the model."""
+    if "mlm" not in model.config.objectives:
+        raise ValueError(f"the probe needs masked language modelling, which {run} was trained without")
     data = args.data or config["val"]
     if data is None:
         raise ValueError(f"{run} was trained without --val: say which shards to probe with --data")

@@ -6,6 +6,8 @@ arXiv 1910.14659), in nats:
     pll            each piece given all others
     pll-word-l2r   the same, but the later pieces of its word are masked too (Kauf & Ivanova, arXiv 2305.10588)
     diff           the pieces in which a caption and its foil differ, masked together
+    itm            probability of a match, from the matching head
+    itc            cosine of the contrast head's vectors
     image-gain:S   score S with the image minus score S with a blank one
 
 Texts are copied once for each hole, equal copies are computed once, and copies travel packed. The text encoder runs
@@ -100,7 +102,12 @@ class Score:
         return f"{GAIN}:{self.base}" if self.is_gain else self.base
 
     def check(self, model: PosMaskModel, run: Path) -> None:
-        """Raises ValueError if `model` lacks the head that this score needs."""
+        """Raises ValueError if `model` lacks the head that this score needs, or never trained it."""
+        if self.base in LIKELIHOODS and "mlm" not in model.config.objectives:
+            raise ValueError(
+                f"--score {self.name} needs masked language modelling, which {run} was trained without: take --score "
+                f"{model.config.objectives[0]}"
+            )
         if self.base in HEADS and not has_head(model, self.base):
             raise ValueError(
                 f"--score {self.name} needs the {HEADS[self.base]} head, which {run} was trained without: take "
@@ -220,16 +227,43 @@ def log_probs(
     for batch in batches([len(s) for s in sequences]):
         rows = np.concatenate([rows_by_copy[row_bounds[c] : row_bounds[c + 1]] for c in batch])
         lengths = np.array([len(sequences[c]) for c in batch])
-        starts = np.concatenate([[0], np.cumsum(lengths)])
         place_in_batch = np.zeros(len(sequences), np.int64)
-        place_in_batch[batch] = starts[:-1]
+        place_in_batch[batch] = np.cumsum(lengths) - lengths
         # Candidates for one slot share its row of logits.
         wanted, column = np.unique(place_in_batch[row_copy[rows]] + row_position[rows], return_inverse=True)
-        tokens = np.concatenate([sequences[c] for c in batch])
+        text = encode(model, [sequences[c] for c in batch])
         images_of_batch = np.array(image_of)[batch]
-        for name, found in _forward(model, tokens, starts, images_of_batch, images, wanted, column, row_target[rows]):
+        for name, found in _read(model, *text, images_of_batch, images, wanted, column, row_target[rows]):
             np.add.at(totals[name], row_owner[rows], found)
     return totals
+
+
+def head_scores(
+    model: PosMaskModel, texts: Sequence[Text], image_of: Sequence[int], images: dict[str, Tensor], head: str
+) -> dict[str, np.ndarray]:
+    """The score `head` (itm or itc) of each text with its image, by condition: {condition: (len(texts),) fp64}."""
+    totals = {name: np.zeros(len(texts)) for name in images}
+    image_of = np.asarray(image_of)
+    for batch in batches([len(text.ids) for text in texts]):
+        text_TD, packing = encode(model, [texts[i].ids for i in batch])
+        first = packing.position == 0
+        own = torch.from_numpy(image_of[batch]).to(text_TD.device, torch.int32)
+        for name, features in images.items():
+            image = own if len(features) > 1 else torch.zeros_like(own)
+            if head == "itm":
+                scores = model.itm(model.fuse(text_TD, packing, features, image)[first]).squeeze(1).double().sigmoid()
+            else:
+                scores = (model.itc.embed_text(text_TD[first]) * model.itc.embed_image(features)[image.long()]).sum(1)
+            totals[name][batch] = scores.double().cpu().numpy()
+    return totals
+
+
+def encode(model: PosMaskModel, sequences: Sequence[np.ndarray]) -> tuple[Tensor, Packing]:
+    """Token sequences, packed, through the text encoder: (T, D), and where they lie."""
+    device = next(model.parameters()).device
+    starts = np.concatenate([[0], np.cumsum([len(ids) for ids in sequences])])
+    packing = Packing.of(torch.from_numpy(starts).to(device), int(starts[-1]), int(np.diff(starts).max()))
+    return model.encode_text(torch.from_numpy(np.concatenate(sequences)).to(device), packing), packing
 
 
 def batches(lengths: Sequence[int]) -> Iterator[np.ndarray]:
@@ -244,14 +278,12 @@ def batches(lengths: Sequence[int]) -> Iterator[np.ndarray]:
         start = end
 
 
-def _forward(
-    model: PosMaskModel, tokens: np.ndarray, starts: np.ndarray, image_of: np.ndarray, images: dict[str, Tensor],
+def _read(
+    model: PosMaskModel, text: Tensor, packing: Packing, image_of: np.ndarray, images: dict[str, Tensor],
     wanted: np.ndarray, column: np.ndarray, targets: np.ndarray,
 ) -> Iterator[tuple[str, np.ndarray]]:  # fmt: skip
-    """For each condition the log-probability of targets (R,) in the rows wanted[column] of the packed tokens (T,)."""
-    device = next(model.parameters()).device
-    packing = Packing.of(torch.from_numpy(starts).to(device), len(tokens), int(np.diff(starts).max()))
-    text = model.encode_text(torch.from_numpy(tokens).to(device), packing)
+    """For each condition the log-probability of targets (R,) in the rows wanted[column] of the packed text (T, D)."""
+    device = text.device
     own = torch.from_numpy(image_of).to(device, torch.int32)
     rows = torch.from_numpy(wanted).to(device)
     for name, features in images.items():

@@ -52,6 +52,12 @@ def register(name: str) -> Callable[[Callable[[], Arm]], Callable[[], Arm]]:
     return add
 
 
+@register("none")
+def nothing() -> Arm:
+    """nothing, for a run without masked language modelling (--objectives itm)"""
+    return Arm(0, frozenset(), "all", ALWAYS_MASK, amounts=("all",))
+
+
 @register("random")
 def random_pieces() -> Arm:
     """each piece with probability 0.15; 80 % [MASK], 10 % a random token, 10 % unchanged (BERT)"""
@@ -108,11 +114,9 @@ def arm_slug(spec: str) -> str:
 
 def find_arm(spec: str) -> Arm:
     """The arm that a name or a comma list of names means. Raises ValueError for one that is not known, or no union."""
-    if spec == "none":
-        raise ValueError(
-            "--mask none leaves nothing to learn: masked language modelling is the only objective; choose an arm"
-        )
     names = spec.split(",")
+    if "none" in names and len(names) > 1:
+        raise ValueError(f"--mask {spec}: none masks nothing, so it adds nothing to a union; leave it out")
     for name in names:
         if name not in ARMS:
             known = ", ".join(name for name, _ in list_masks())
