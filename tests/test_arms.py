@@ -89,6 +89,7 @@ RULES = {
     "content-high": (is_maskable, 0, "one"),
     "content": (lambda tag: is_maskable(tag) and tag & CONTENT, 0, "all"),
     "function": (lambda tag: is_maskable(tag) and tag & (pos.UPOS_MASK & ~CONTENT), 0, "all"),
+    "none": (lambda tag: False, 0, "all"),
     **{tag.lower(): (lambda t, bit=bit: is_maskable(t) and t & bit, 0, "all") for tag, bit in UPOS_BIT.items()},
 }
 # Arms whose rule needs more than masks to be told; tests of their own follow.

@@ -138,8 +138,6 @@ def test_flags_override_and_matched_takes_the_arms_settings():
             "noun", {"bits": ("maskable", "word_start", "upos"), "when_empty": "content"},
             "needs the bits function_word",
         ),
-        ("none", {}, "masked language modelling is the only objective"),
-        ("matched:none", {}, "masked language modelling is the only objective"),
         ("noun,noun", {}, "names an arm twice"),
         ("noun,random", {}, "'random' does not mask all of its words"),
         ("whole-word,noun", {}, "'whole-word' does not mask all of its words"),
