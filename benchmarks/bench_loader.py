@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,7 +23,6 @@ from PIL import Image
 from streaming import StreamingDataset
 from timing import interleave, quantiles, ratio, write_result
 
-from posmask.prep import build_shards
 from posmask.prep.images import normalise
 from posmask.train.config import IMAGE_MEAN, IMAGE_STD
 from posmask.train.loader import Collator, Shards, View
@@ -108,8 +109,9 @@ def main() -> None:
     os.environ.setdefault("LOCAL_WORLD_SIZE", "1")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        command = ["--num-scenes", str(args.scenes), "--out", folder, "--tokenizer", "train:500"]
-        assert build_shards.main(command) == 0
+        # A process of its own: StreamingDataset hangs in one that has had worker processes.
+        command = [sys.executable, "-m", "posmask.prep.build_shards", "--num-scenes", str(args.scenes), "--out", folder]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         rows.append(bench_reader(f"{folder}/train", args.repeats))
         shards = Shards((f"{folder}/train",))
         scenes = [shards[i]["image"] for i in range(128)]
@@ -118,7 +120,8 @@ def main() -> None:
         photos = [path.read_bytes() for path in sorted(args.photos.glob("*.jpg"))[:64]]
         prepared = [normalise(data, 256, 90).data for data in photos]
         rows.append(bench_decode("photos, prepared", prepared, 224, args.repeats, photos))
-    write_result("loader", rows, "torchvision", "pillow", "nvidia-dali-cuda130", "open_clip_torch", "mosaicml-streaming")
+    packages = "torchvision", "pillow", "nvidia-dali-cuda130", "open_clip_torch", "mosaicml-streaming"
+    write_result("loader", rows, *packages)
 
 
 if __name__ == "__main__":
