@@ -62,7 +62,6 @@ class MaskPlan:
             raise ValueError(f"replace {self.replace} must be three probabilities (mask, random, keep) that sum to 1")
         if self.replace[1] > 0 and self.num_random < 1:
             raise ValueError(f"replace {self.replace} draws random tokens, but the vocabulary offers none")
-        assert self.candidates and self.maskable, "a plan without candidates masks nothing"
         assert self.word_start or not (self.matched or self.shuffled), "words move whole: word_start is missing"
         assert self.weights in WEIGHTS and (self.weights == "equal" or self.amount in ("budget", "one"))
         assert not self.span_lengths or (self.amount == "budget" and not self.exact and self.weights == "equal")

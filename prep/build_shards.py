@@ -3,10 +3,21 @@
     python prep/build_shards.py                       # the built-in scenes: data/scenes/train, val and eval
     python prep/build_shards.py coco --annotations captions_train2017.json --images train2017
     python prep/build_shards.py table --table pairs.csv --image-column filepath --caption-column caption
-    python prep/build_shards.py folder --images pictures
+    python prep/build_shards.py folder --images pictures            # a.png beside a.txt, or a metadata.csv
+    python prep/build_shards.py karpathy --annotations dataset_coco.json --images coco --split train --restval
+    python prep/build_shards.py albef --annotations coco.json --images coco
+    python prep/build_shards.py webdataset --files laion/*.tar      # as img2dataset writes them
+    python prep/build_shards.py parquet --files train-*.parquet     # images inside, as on the Hugging Face hub
+    python prep/build_shards.py tsv --table cc3m.tsv --columns caption,image --images cc3m
 
 Run again, it continues a build that was stopped, and says so when there is nothing left to do.
-Exit codes: 0 done, 1 too many records dropped, 2 wrong usage or input, 130 interrupted.
+
+    python prep/build_shards.py coco ... --part 3/8 --out DIR       # one of eight jobs, which may share the folder
+    python prep/build_shards.py merge DIR                           # when all eight are done
+    python prep/build_shards.py verify DIR                          # every byte, image and bit; names what is wrong
+    python prep/build_shards.py inspect DIR                         # what is in it: a table, and DIR/inspect.html
+
+Exit codes: 0 done, 1 too many records dropped or a check failed, 2 wrong usage or input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,7 +25,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import shutil
 import sys
 from collections import Counter
@@ -24,32 +34,20 @@ from contextlib import closing
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from posmask.prep import shards, sources, tagging, wordpiece
-from posmask.prep.samples import BITS_COMPUTED, CHUNK_RECORDS, Prepared, Recipe, is_unicode, prepare
+from posmask.prep import arguments, shards, sources, tagging, units, wordpiece
+from posmask.prep.samples import CHUNK_RECORDS, Captions, Prepared, Recipe, prepare
 from posmask.prep.scene_tasks import write_eval_sets
 from posmask.prep.scenes import Scenes
 from posmask.prep.sources import Record
+from posmask.prep.verification import verify
 
-SOURCES = ("scenes", "coco", "table", "folder")
-# Flags that only some sources take, and whether those need them.
-SOURCE_FLAGS = {
-    "num_scenes": {"scenes": False},
-    "annotations": {"coco": True},
-    "images": {"coco": True, "folder": True, "table": False},
-    "table": {"table": True},
-    "image_column": {"table": True},
-    "caption_column": {"table": True},
-}
-NUM_SCENES = 20_000
 MIN_EVAL_SCENES = 50  # fewer hold too few pairs that mirror each other
-# Decide where and how fast the shards are written, not what is in them.
-NOT_IN_COMMAND = ("source", "out", "workers", "max_dropped")
+MAX_PROBLEMS = 50  # printed by verify
 MAX_NAMED = 3  # broken records named in the error line; dropped.jsonl has all
 
 
@@ -57,45 +55,13 @@ class TooManyDropped(Exception):
     """More records were dropped than --max-dropped allows."""
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see --help")
-
-
-def make_parser() -> Parser:
-    parser = Parser(
-        prog="build_shards.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("source", nargs="?", default="scenes", choices=SOURCES, help="where images and captions come from")
-    add("--annotations", nargs="+", metavar="F", help="coco: captions JSON, one file or several")
-    add("--images", metavar="DIR", help="coco, folder: where the images are; table: default the table's folder")
-    add("--table", metavar="F", help="table: a .csv, .tsv, .jsonl or .parquet file")
-    add("--image-column", metavar="C", help="table: the column with the image's path")
-    add("--caption-column", metavar="C", help="table: the column with the caption")
-    add("--num-scenes", type=_positive, metavar="N", help=f"scenes: training images, {NUM_SCENES} by default")
-    add("--out", metavar="DIR", help="default data/SOURCE")
-    add("--tokenizer", default="train:8192", metavar="T", help="train:N, a vocab.txt, a tokenizer's folder or hub name")
-    add("--tagger", default="auto", metavar="T", help="auto, the name or the path of a spaCy model")
-    add("--image-size", type=_positive, default=256, help="images with a longer short side are shrunk to it, pixels")
-    add("--quality", type=int, default=90, help="of JPEGs that have to be encoded again, 1 to 95")
-    add("--max-tokens", type=int, default=48, help="per caption, [CLS] and [SEP] included; longer ones are cut")
-    add("--records-per-part", type=_positive, default=4096, help="a part is written and resumed as a whole")
-    add("--workers", type=_positive, default=None, help="processes, all cores by default; never changes the result")
-    add("--limit", type=_positive, metavar="N", help="take the first N records only")
-    add("--exclude", metavar="FILE", help="image keys, file names or COCO ids to leave out, one a line")
-    add("--max-dropped", type=float, default=0.01, help="share of broken records above which the build fails")
-    add("--seed", type=int, default=0, help="of the scenes")
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        args = make_parser().parse_args(argv)
-        check(args)
+        if argv and argv[0] in arguments.TASKS:
+            return run_task(arguments.make_task_parser(argv[0]).parse_args(argv[1:]), argv[0])
+        args = arguments.make_parser(__doc__).parse_args(argv)
+        arguments.check(args)
         out = Path(args.out or f"data/{args.source}")
         if args.source == "scenes":
             build_scenes(args, out)
@@ -116,36 +82,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raise ValueError for flags out of range, and for flags that the source lacks or doesn't know."""
-    for name, takers in SOURCE_FLAGS.items():
-        flag, value = _flag(name), getattr(args, name)
-        if value is not None and args.source not in takers:
-            belongs = ", ".join(takers)
-            raise ValueError(f"{flag} {_shown(value)} contradicts the source {args.source}; it belongs to {belongs}")
-        if value is None and takers.get(args.source):
-            raise ValueError(f"the source {args.source} needs {flag}; see --help")
-    for name, low, high in (("quality", 1, 95), ("max_tokens", 8, shards.MAX_TOKENS), ("max_dropped", 0, 1)):
-        if not low <= getattr(args, name) <= high:
-            raise ValueError(f"{_flag(name)} {getattr(args, name)} is not within {low} to {high}")
-    wordpiece.check_spec(args.tokenizer)
+def run_task(args: argparse.Namespace, task: str) -> int:
+    """What can be done with a folder of shards."""
+    if task == "merge":
+        merge(args.folder, args.max_dropped)
+    elif task == "verify":
+        problems = list(verify(args.folder, args.workers or os.cpu_count() or 1))
+        for problem in problems[:MAX_PROBLEMS]:
+            print(problem)
+        print(f"{args.folder}: {len(problems)} problems" if problems else f"{args.folder}: all good")
+        return 1 if problems else 0
+    return 0
 
 
 def open_source(args: argparse.Namespace) -> Sequence[Record]:
-    images = Path(args.images) if args.images else None
-    if args.source == "coco":
-        return sources.coco([Path(path) for path in args.annotations], images)
-    if args.source == "table":
-        return sources.table(Path(args.table), args.image_column, args.caption_column, images)
-    return sources.folder(images)
+    """The source that the flags name; a flag that was not given leaves the function's own default."""
+    given = {name: value for name in arguments.SOURCE_FLAGS if (value := getattr(args, name)) is not None}
+    for name in given.keys() & arguments.PATH_FLAGS:
+        given[name] = [Path(v) for v in given[name]] if isinstance(given[name], list) else Path(given[name])
+    if "table" in given:
+        given["path"] = given.pop("table")
+    return getattr(sources, args.source)(**given)
 
 
 def build_scenes(args: argparse.Namespace, out: Path) -> None:
     """The default: a training and a validation set with one vocabulary, and evaluation sets in public formats."""
-    num_scenes = args.num_scenes or NUM_SCENES
+    num_scenes = args.num_scenes or arguments.NUM_SCENES
     build(args, Scenes("train", num_scenes, args.seed), out / "train")
-    build(args, Scenes("val", max(1, num_scenes // 10), args.seed), out / "val", tokenizer=out / "train" / "tokenizer")
-    if (out / "eval").exists():
+    build(args, Scenes("val", max(1, num_scenes // 10), args.seed), out / "val", like=out / "train")
+    if (out / "eval").exists() or (args.part and args.part[0] > 1):
         return
     for leftover in out.glob("eval.*.tmp"):  # of killed processes
         shutil.rmtree(leftover)
@@ -158,8 +123,8 @@ def build_scenes(args: argparse.Namespace, out: Path) -> None:
     print(f"{out / 'eval'}: evaluation sets of held-out scenes")
 
 
-def build(args: argparse.Namespace, source: Sequence[Record], out: Path, tokenizer: Path | None = None) -> None:
-    """Build `source` into `out`, or finish what is there; `tokenizer` overrides --tokenizer by a folder of ours.
+def build(args: argparse.Namespace, source: Sequence[Record], out: Path, like: Path | None = None) -> None:
+    """Build `source` into `out`, or finish what is there, with the tokenizer and the units of the shards `like`.
 
     Raises ValueError before anything is written when the input or `out` is not usable, TooManyDropped at the end.
     """
@@ -167,6 +132,8 @@ def build(args: argparse.Namespace, source: Sequence[Record], out: Path, tokeniz
     if not len(source):
         raise ValueError(f"no records: the source {source.name} is empty, or all of it is excluded")
     tagger = tagging.find_tagger(args.tagger)
+    resources = units.Resources.named(vars(args))
+    bits_computed, scores = resources.contents(tagger, args.entities)
     config = {
         "format_version": shards.FORMAT_VERSION,
         "tokenizer": args.tokenizer,
@@ -175,37 +142,68 @@ def build(args: argparse.Namespace, source: Sequence[Record], out: Path, tokeniz
         "image_size": args.image_size,
         "quality": args.quality,
         "records_per_part": args.records_per_part,
-        "bits_computed": list(BITS_COMPUTED),
+        "bits_computed": bits_computed,
+        "scores": scores,
+        "entities": args.entities,
+        **resources.describe(),
         "source": source.name,
         "licence": source.licence,
         "records": len(source),
         "excluded": num_excluded,
         "records_sha256": fingerprint(source),
-        "command": command_line(args),
+        "command": arguments.command_line(args),
     }
     if shards.build_state(out, config) == "complete":
         print(f"{out}: already complete")
         return
+    captions = Captions(source)
     if not (out / "tokenizer").is_dir():
-        captions = (caption for record in source for caption in record.captions if is_unicode(caption))
-        made = wordpiece.make(str(tokenizer or args.tokenizer), captions)
+        resources.check(tagger)
+        made = wordpiece.make(str(like / "tokenizer") if like else args.tokenizer, captions)
         shards.start_build(out, config)
         wordpiece.save(made, out / "tokenizer")
-    recipe = Recipe(source.name, out / "tokenizer", tagger, args.image_size, args.quality, args.max_tokens)
-    write_parts(source, out, recipe, args.records_per_part, args.workers or os.cpu_count() or 1)
-    check_dropped(out, len(source), args)
+    if not (out / units.FILE).is_file():
+        encode = wordpiece.CaptionEncoder(out / "tokenizer", args.max_tokens)
+        resources = units.Resources(units=like) if like else resources
+        resources.make(captions, encode, tagger).save(out / units.FILE)
+    recipe = Recipe(
+        source=source.name,
+        tokenizer=out / "tokenizer",
+        tagger=tagger,
+        units=out / units.FILE,
+        entities=args.entities,
+        num_scores=len(scores),
+        image_size=args.image_size,
+        quality=args.quality,
+        max_tokens=args.max_tokens,
+    )
+    share, num_shares = args.part or (1, 1)
+    starts = range(0, len(source), args.records_per_part)
+    mine = range(share - 1, len(starts), num_shares)
+    write_parts(source, out, recipe, starts, mine, args.workers or os.cpu_count() or 1)
+    if args.part:
+        print(f"{out}: share {share} of {num_shares} is written; when all are, run build_shards.py merge {out}")
+    else:
+        merge(out, args.max_dropped)
+
+
+def merge(out: Path, max_dropped: float) -> None:
+    """Make one data set of the finished parts. May be run again."""
+    check_dropped(out, max_dropped)
     manifest = shards.merge(out)
     print(f"{out}:")
     Console().print(summary(manifest))
 
 
-def write_parts(source: Sequence[Record], out: Path, recipe: Recipe, records_per_part: int, num_workers: int) -> None:
-    """Write the parts that are not finished yet."""
-    starts = range(0, len(source), records_per_part)
+def write_parts(
+    source: Sequence[Record], out: Path, recipe: Recipe, starts: range, mine: Iterable[int], num_workers: int
+) -> None:
+    """Write those of the parts `mine` that are not finished yet; part i begins at record starts[i]."""
+    records_per_part = starts.step
     finished = shards.read_parts(out, len(starts))
     spans = [
         (part, range(start, min(start + CHUNK_RECORDS, end)))
-        for part in range(len(starts))
+        for part in mine
         if part not in finished
         for end in [min(starts[part] + records_per_part, len(source))]
         for start in range(starts[part], end, CHUNK_RECORDS)
@@ -224,7 +222,8 @@ def write_parts(source: Sequence[Record], out: Path, recipe: Recipe, records_per
         for part, group in groupby(zip(spans, results, strict=True), key=lambda pair: pair[0][0]):
             dropped: list[tuple[str, str]] = []
             num_records = min(records_per_part, len(source) - starts[part])
-            shards.write_part(out, part, num_records, _stream(group, dropped, progress, task), dropped)
+            samples = _stream(group, dropped, progress, task)
+            shards.write_part(out, part, num_records, samples, dropped, recipe.num_scores)
             if not console.is_terminal:
                 print(f"{out}: part {part + 1} of {len(starts)}, {num_records} records", flush=True)
 
@@ -242,16 +241,17 @@ def _stream(
         progress.advance(task, len(span))
 
 
-def check_dropped(out: Path, num_records: int, args: argparse.Namespace) -> None:
+def check_dropped(out: Path, max_dropped: float) -> None:
     """Raise TooManyDropped, with dropped.jsonl written, when --max-dropped is exceeded."""
-    parts = shards.read_parts(out, -(-num_records // args.records_per_part))
-    dropped = [(key, reason) for part in sorted(parts) for key, reason in parts[part]["dropped"]]
-    if len(dropped) <= args.max_dropped * num_records:
+    parts = shards.all_parts(out)
+    num_records = sum(part["records"] for part in parts)
+    dropped = [(key, reason) for part in parts for key, reason in part["dropped"]]
+    if len(dropped) <= max_dropped * num_records:
         return
     shards.write_dropped(out, dropped)
     reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(reason for _, reason in dropped).most_common())
     raise TooManyDropped(
-        f"{len(dropped)} of {num_records} records dropped ({reasons}), more than --max-dropped {args.max_dropped:g} "
+        f"{len(dropped)} of {num_records} records dropped ({reasons}), more than --max-dropped {max_dropped:g} "
         f"allows; first {', '.join(key for key, _ in dropped[:MAX_NAMED])}, all in {out / 'dropped.jsonl'}. "
         "Raise --max-dropped to go without them, or mend them and build into an empty folder"
     )
@@ -280,15 +280,6 @@ def summary(manifest: shards.Manifest) -> Table:
     return table
 
 
-def command_line(args: argparse.Namespace) -> str:
-    """The command that made a build, as typed but for flags at their default and flags that leave no trace."""
-    words = ["python", "prep/build_shards.py", args.source]
-    for name, value in vars(args).items():
-        if name not in NOT_IN_COMMAND and value != make_parser().get_default(name):
-            words += [_flag(name), *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return shlex.join(words)
-
-
 def fingerprint(source: Sequence[Record]) -> str:
     """sha256 of all keys and captions. Raises ValueError for a key that comes twice or is not valid Unicode."""
     digest = sha256()
@@ -312,20 +303,6 @@ def _read_excluded(path: str | None) -> set[str]:
         return {line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()}
     except (OSError, UnicodeDecodeError):
         raise ValueError(f"--exclude {path}: no such file, or not UTF-8 text") from None
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from PIL import Image, ImageOps
@@ -44,12 +46,26 @@ def normalise(data: bytes, max_short_side: int, quality: int) -> Jpeg:
     """
     if not data:
         raise BrokenImage("empty file")
+    with _refused():
+        return _normalise(Image.open(io.BytesIO(data), formats=FORMATS), data, max_short_side, quality)
+
+
+def check_jpeg(data: bytes) -> None:
+    """Raise BrokenImage unless `data` is what `normalise` makes, and decodes to the end."""
+    if not is_plain_jpeg(data):
+        raise BrokenImage("no baseline RGB JPEG")
+    with _refused():
+        Image.open(io.BytesIO(data), formats=("JPEG",)).load()
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """Turns what PIL raises on foreign bytes into BrokenImage; a bomb is refused before its pixels are unpacked."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            return _normalise(image, data, max_short_side, quality)
+            yield
     except BrokenImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

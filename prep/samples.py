@@ -22,12 +22,12 @@ import numpy as np
 from posmask.prep import pos
 from posmask.prep.images import BrokenImage, Jpeg, normalise
 from posmask.prep.shards import Sample, sample_id
-from posmask.prep.sources import Record
+from posmask.prep.sources import OutsideFolder, Record
 from posmask.prep.tagging import Token, align, load_tagger, needs_torch, tag
+from posmask.prep.units import Units
 from posmask.prep.wordpiece import CaptionEncoder, Encoded
 
 CHUNK_RECORDS = 64
-BITS_COMPUTED = ("upos", "token_start", "word_start", "function_word", "maskable")
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,22 @@ class Recipe:
     source: str  # its name, for the ids
     tokenizer: Path
     tagger: Path
+    units: Path  # the file
+    entities: bool  # whether named entities are phrases, too
+    num_scores: int
     image_size: int  # limit of the short side, pixels
     quality: int
     max_tokens: int
+
+
+class Captions:
+    """All captions of `source` that are valid Unicode, as often as they are asked for."""
+
+    def __init__(self, source: Iterable[Record]) -> None:
+        self.source = source
+
+    def __iter__(self) -> Iterator[str]:
+        return (caption for record in self.source for caption in record.captions if is_unicode(caption))
 
 
 @dataclass
@@ -56,22 +69,25 @@ class Preparer:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.encode = CaptionEncoder(recipe.tokenizer, recipe.max_tokens)
-        self.nlp = load_tagger(recipe.tagger)
+        self.nlp = load_tagger(recipe.tagger, recipe.entities)
+        self.units = Units.load(recipe.units)
+        assert len(self.units.scores) == recipe.num_scores, self.units.scores.keys()
 
     def __call__(self, records: Sequence[Record]) -> Prepared:
         prepared = Prepared()
         kept: list[tuple[Record, Jpeg, list[str], list[Encoded]]] = []
         for record in records:
             captions, encoded = self._usable(record.captions)
-            reason = "no caption" if not record.captions else "only empty captions" if not captions else ""
-            if not reason:
+            reason = "" if captions else _why_no_caption(record)
+            if captions:
                 try:
                     kept.append((record, self._image(record), captions, encoded))
                 except BrokenImage as error:
                     reason = str(error)
             if reason:
                 prepared.dropped.append((record.key, reason))
-        tokens = tag(self.nlp, (caption for _, _, captions, _ in kept for caption in captions))
+        texts = (caption for _, _, captions, _ in kept for caption in captions)
+        tokens = tag(self.nlp, texts, self.units.word_lists)
         for record, image, captions, encoded in kept:
             prepared.samples.append(self._sample(record, image, captions, encoded, tokens))
         return prepared
@@ -87,6 +103,8 @@ class Preparer:
             data = record.load()
         except FileNotFoundError:
             raise BrokenImage("no such file") from None
+        except OutsideFolder:
+            raise BrokenImage("path leaves the image folder") from None
         except (OSError, ValueError):
             raise BrokenImage("unreadable file") from None
         return normalise(data, self.recipe.image_size, self.recipe.quality)
@@ -94,13 +112,19 @@ class Preparer:
     def _sample(
         self, record: Record, image: Jpeg, captions: list[str], encoded: list[Encoded], tokens: Iterator[list[Token]]
     ) -> Sample:
-        tags = [bits for e in encoded for bits in caption_bits(e, next(tokens), self.encode.unk_id)]
+        tags: list[int] = []
+        scores: list[np.ndarray] = []
+        for caption, e in zip(captions, encoded, strict=True):
+            words = e.words(caption)
+            tags += caption_bits(e, next(tokens), self.encode.unk_id, self.units.starts(words))
+            scores.append(caption_scores(e, self.units.score_rows(words)))
         return Sample(
             key=record.key,
             id=sample_id(self.recipe.source, record.key),
             image=image.data,
             tokens=np.array([i for e in encoded for i in e.ids], np.uint16),
             tags=np.array(tags, np.uint32),
+            scores=np.concatenate(scores),
             caption_lengths=np.array([len(e.ids) for e in encoded], np.uint8),
             captions=captions,
             width=image.width,
@@ -110,15 +134,39 @@ class Preparer:
         )
 
 
-def caption_bits(encoded: Encoded, tokens: Sequence[Token], unk_id: int) -> list[int]:
-    """The tag bits of all L tokens of a caption; [CLS] and [SEP] have none, [UNK] is not maskable."""
+def _why_no_caption(record: Record) -> str:
+    if not record.captions:
+        return "no caption"
+    return "only empty captions" if all(map(is_unicode, record.captions)) else "no caption in valid Unicode"
+
+
+def caption_bits(
+    encoded: Encoded, tokens: Sequence[Token], unk_id: int, starts_collocation: Sequence[bool]
+) -> list[int]:
+    """The tag bits of all L tokens of a caption; [CLS] and [SEP] have none, [UNK] is not maskable.
+
+    starts_collocation: for each word. Units of every kind begin with a word, so none splits one.
+    """
     bits = [0]
     aligned = align(encoded.pieces, tokens)
-    for piece_id, piece_bits, starts_word in zip(encoded.ids[1:-1], aligned, encoded.word_starts, strict=True):
-        word = pos.WORD_START if starts_word else 0
-        bits.append(piece_bits | word | (0 if piece_id == unk_id else pos.MASKABLE))
+    collocation = iter(starts_collocation)
+    previous_phrase = -1  # of the word before
+    for piece_id, (own, phrase), starts_word in zip(encoded.ids[1:-1], aligned, encoded.word_starts, strict=True):
+        if starts_word:
+            own |= pos.WORD_START
+            own |= pos.COLLOCATION_START if next(collocation) else 0
+            own |= pos.PHRASE_START if phrase == -1 or phrase != previous_phrase else 0
+            previous_phrase = phrase
+        bits.append(own | (0 if piece_id == unk_id else pos.MASKABLE))
     bits.append(0)
     return bits
+
+
+def caption_scores(encoded: Encoded, rows: np.ndarray) -> np.ndarray:
+    """(L, S) uint8: the scores of all tokens of a caption from those of its words, `rows` (W, S)."""
+    scores = np.zeros((len(encoded.ids), rows.shape[1]), np.uint8)
+    scores[1:-1] = rows[np.cumsum(encoded.word_starts) - 1]
+    return scores
 
 
 def prepare(chunks: Iterable[Sequence[Record]], recipe: Recipe, num_workers: int) -> Iterator[Prepared]:

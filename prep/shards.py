@@ -5,6 +5,7 @@ A folder of shards holds
     part-00017.json        written last, so a part with this file is finished; its index entries and counts
     build.json             what is being built; decides whether a killed build may go on
     tokenizer/             loads with transformers.AutoTokenizer
+    units.json             collocations, word lists and word scores
     index.json, manifest.json, dropped.jsonl   written by `merge` when all parts are there
 Imports neither spaCy nor PIL, so that training can import it.
 """
@@ -12,14 +13,16 @@ Imports neither spaCy nor PIL, so that training can import it.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from hashlib import blake2b, sha256
+from itertools import pairwise
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -32,11 +35,13 @@ COLUMNS = {
     "image": "bytes",
     "tokens": "ndarray:uint16",
     "tags": "ndarray:uint32",
+    "scores": "ndarray:uint8",  # left out where a build has none
     "caption_lengths": "ndarray:uint8",
     "captions": "json",
 }
 MAX_VOCAB = 1 << 16  # tokens are uint16
 MAX_TOKENS = 255  # caption lengths are uint8
+MAX_NAMED = 3
 BUILD_AGAIN = "build it with prep/build_shards.py"
 
 
@@ -49,6 +54,7 @@ class Sample:
     image: bytes
     tokens: np.ndarray  # (T,) uint16
     tags: np.ndarray  # (T,) uint32
+    scores: np.ndarray  # (T, S) uint8
     caption_lengths: np.ndarray  # (C,) uint8
     captions: list[str]
     width: int  # pixels
@@ -179,7 +185,8 @@ def build_state(out: Path, config: dict[str, Any]) -> str:
 
     Raises ValueError when the folder belongs to something else or to a build of another configuration.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    # Another job of the same build may be about to write build.json, so unfinished files don't count.
+    if not out.exists() or (out.is_dir() and all(path.name.endswith(".tmp") for path in out.iterdir())):
         return "new"
     if not (out / "build.json").is_file():
         raise ValueError(f"{out} exists and is not a build of posmask shards; choose another --out")
@@ -202,8 +209,18 @@ def start_build(out: Path, config: dict[str, Any]) -> None:
     _write_json(out / "build.json", config)
 
 
+def columns(num_scores: int) -> dict[str, str]:
+    """The columns of shards with `num_scores` scores."""
+    return {name: kind for name, kind in COLUMNS.items() if num_scores or name != "scores"}
+
+
 def write_part(
-    out: Path, part: int, num_records: int, samples: Iterable[Sample], dropped: Sequence[tuple[str, str]]
+    out: Path,
+    part: int,
+    num_records: int,
+    samples: Iterable[Sample],
+    dropped: Sequence[tuple[str, str]],
+    num_scores: int = 0,
 ) -> None:
     """Write one part of `num_records` records atomically: its `samples` and the `dropped` (key, reason) of the others.
 
@@ -212,28 +229,49 @@ def write_part(
     from streaming import MDSWriter  # takes seconds and torch to import, and only writing needs it
 
     name = part_name(part)
-    temporary = out / f"{name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_path(out / name)
     tally = _Tally()
     try:
         # As a context manager it would write a valid index even after an exception.
-        writer = MDSWriter(columns=COLUMNS, out=str(temporary), hashes=["sha256"])
+        kinds = columns(num_scores)
+        writer = MDSWriter(columns=kinds, out=str(temporary), hashes=["sha256"])
         for sample in samples:
-            writer.write({column: getattr(sample, column) for column in COLUMNS} | {"id": np.uint64(sample.id)})
+            writer.write({column: getattr(sample, column) for column in kinds} | {"id": np.uint64(sample.id)})
             tally.add(sample)
         writer.finish()
         shards = _read_json(temporary / "index.json")["shards"]
         written = sum(shard["samples"] for shard in shards)
         assert written == tally.counts["images"] == num_records - len(dropped), (written, num_records, len(dropped))
+        checksums: list[int] = []
         for shard in shards:
             number = shard["raw_data"]["basename"].split(".")[1]
             final = f"{name}.{number}.mds"
+            checksums += sample_checksums(temporary / shard["raw_data"]["basename"])
             (temporary / shard["raw_data"]["basename"]).replace(out / final)
             shard["raw_data"]["basename"] = final
         summary = {"name": name, "records": num_records, "shards": shards, "dropped": list(dropped), **tally.result()}
-        _write_json(out / f"{name}.json", summary)
+        _write_json(out / f"{name}.json", {**summary, "sample_crc32": checksums})
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sample_spans(shard_bytes: bytes) -> np.ndarray:
+    """(N+1,) int64: where the samples of an MDS shard begin, and where the last one ends."""
+    num_samples = int.from_bytes(shard_bytes[:4], "little")
+    return np.frombuffer(shard_bytes, np.uint32, num_samples + 1, offset=4).astype(np.int64)
+
+
+def sample_checksums(shard: Path) -> list[int]:
+    """CRC-32 of each sample in a shard file; the hash in the index tells that a shard is damaged, these tell where."""
+    data = shard.read_bytes()
+    return [crc32(data[begin:end]) for begin, end in pairwise(sample_spans(data).tolist())]
+
+
+def read_config(out: Path) -> dict[str, Any]:
+    """What is being built in `out`. Raises ValueError when nothing is."""
+    if not (out / "build.json").is_file():
+        raise ValueError(f"{out} holds no build of posmask shards; {BUILD_AGAIN}")
+    return _read_json(out / "build.json")
 
 
 def read_parts(out: Path, num_parts: int) -> dict[int, dict[str, Any]]:
@@ -242,10 +280,21 @@ def read_parts(out: Path, num_parts: int) -> dict[int, dict[str, Any]]:
     return {part: _read_json(path) for part, path in paths.items() if path.is_file()}
 
 
+def all_parts(out: Path) -> list[dict[str, Any]]:
+    """The summaries of all parts of the build in `out`. Raises ValueError when one is missing."""
+    config = read_config(out)
+    num_parts = -(-config["records"] // config["records_per_part"])
+    parts = read_parts(out, num_parts)
+    if missing := [part_name(part) for part in range(num_parts) if part not in parts]:
+        more = f" and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
+        raise ValueError(f"{out} lacks {', '.join(missing[:MAX_NAMED])}{more}; run the same build command again")
+    return [parts[part] for part in range(num_parts)]
+
+
 def write_dropped(out: Path, dropped: Iterable[tuple[str, str]]) -> None:
     """dropped.jsonl: one line for each record that did not make it, with its reason."""
     lines = [json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n" for key, reason in dropped]
-    _write_atomically(out / "dropped.jsonl", "".join(lines))
+    write_atomically(out / "dropped.jsonl", "".join(lines))
 
 
 def merge(out: Path) -> Manifest:
@@ -253,12 +302,7 @@ def merge(out: Path) -> Manifest:
 
     Raises ValueError when a part is missing.
     """
-    config = _read_json(out / "build.json")
-    num_parts = -(-config["records"] // config["records_per_part"])
-    parts = read_parts(out, num_parts)
-    if missing := [part_name(part) for part in range(num_parts) if part not in parts]:
-        raise ValueError(f"{out} lacks {', '.join(missing)}; run the same build command again")
-    summaries = [parts[part] for part in range(num_parts)]
+    config, summaries = read_config(out), all_parts(out)
     dropped = [(key, reason) for part in summaries for key, reason in part["dropped"]]
     write_dropped(out, dropped)
     _write_json(out / "index.json", {"version": 2, "shards": [s for part in summaries for s in part["shards"]]})
@@ -274,7 +318,7 @@ def merge(out: Path) -> Manifest:
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         bits_computed=tuple(config["bits_computed"]),
-        scores=(),
+        scores=tuple(config["scores"]),
         tokenizer=TokenizerInfo.read(out / "tokenizer", config["tokenizer"]),
         tagger=config["tagger"],
         max_tokens=config["max_tokens"],
@@ -295,8 +339,11 @@ def merge(out: Path) -> Manifest:
         ),
     )
     manifest.save(out)
-    for leftover in out.glob("part-*.tmp"):  # of killed processes
-        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in out.glob("*.tmp"):  # of killed processes
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
     return manifest
 
 
@@ -310,6 +357,7 @@ class _Tally:
 
     def add(self, sample: Sample) -> None:
         assert sample.caption_lengths.sum(dtype=np.int64) == len(sample.tokens) == len(sample.tags), sample.key
+        assert len(sample.scores) == len(sample.tags), sample.key
         self.counts["images"] += 1
         self.counts["captions"] += len(sample.captions)
         self.counts["tokens"] += len(sample.tokens)
@@ -335,10 +383,16 @@ def _read_json(path: Path) -> Any:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    _write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def temporary_path(path: Path) -> Path:
+    """A name beside `path` that no other process takes, on this machine or another."""
+    return path.with_name(f"{path.name}.{token_hex(6)}.tmp")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file such that it is there whole or not at all."""
+    temporary = temporary_path(path)
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

@@ -7,19 +7,22 @@ for what a user can mend.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+
+from posmask.prep import readers
+from posmask.prep.readers import load_json
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
 NOT_STATED = "not stated"
+METADATA_FILES = ("metadata.csv", "metadata.jsonl")  # of an image folder, as Hugging Face datasets lays it out
+METADATA_CAPTIONS = ("text", "caption", "captions")
 # The stamps of Tux Paint keep translations below the English sentence: "de.utf8=Ein Apfel."
 TRANSLATION = re.compile(r"[a-z]{2,3}(_[A-Za-z]{2,4})?(@\w+)?(\.utf8)?=")
 
@@ -31,6 +34,10 @@ class Record:
     key: str  # stable name inside the source
     captions: tuple[str, ...]
     load: Callable[[], bytes]  # the encoded image; raises OSError or ValueError when unreadable
+
+
+class OutsideFolder(ValueError):
+    """A path that leaves the folder of the images."""
 
 
 class Source(Sequence[Record]):
@@ -52,8 +59,8 @@ def coco(annotations: Sequence[Path], images: Path) -> Source:
     captions: dict[str, list[str]] = {}
     licences: set[str] = set()
     for path in annotations:
-        content = _load_json(path)
-        try:
+        content = load_json(path)
+        with _layout(path, "COCO captions", "images[].id and .file_name, annotations[].image_id and .caption"):
             licence_names = {licence["id"]: licence["name"] for licence in content.get("licenses", ())}
             names = {image["id"]: image["file_name"] for image in content["images"]}
             licences |= {licence_names.get(image.get("license"), NOT_STATED) for image in content["images"]}
@@ -61,14 +68,39 @@ def coco(annotations: Sequence[Path], images: Path) -> Source:
                 captions.setdefault(_text(name, path), [])
             for annotation in content["annotations"]:
                 captions[names[annotation["image_id"]]].append(_text(annotation["caption"], path))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path} is no COCO captions file ({type(error).__name__}: {error}); it needs images[].id and "
-                "images[].file_name, annotations[].image_id and annotations[].caption"
-            ) from None
-    folders = [images, *sorted(path for path in images.iterdir() if path.is_dir())]
-    _check_any_image(captions, folders)
-    return Source("coco", "; ".join(sorted(licences)), _records(captions, folders))
+    return _on_disk("coco", captions, _with_sub_folders(images), "; ".join(sorted(licences)))
+
+
+def karpathy(annotations: Sequence[Path], images: Path, split: str = "train", restval: bool = False) -> Source:
+    """The JSON of Karpathy's splits of COCO and Flickr; key = filepath/filename, or the file name alone.
+
+    The images marked "restval" belong to COCO's validation images; they join `train` only if `restval` is true.
+    """
+    _check_folder(images, "--images")
+    captions: dict[str, list[str]] = {}
+    splits: set[str] = set()
+    for path in annotations:
+        content = load_json(path)
+        with _layout(path, "Karpathy splits", "images[].filename, .split and .sentences[].raw"):
+            for image in content["images"]:
+                splits.add(image["split"])
+                if image["split"] == split or (restval and image["split"] == "restval"):
+                    name = "/".join(filter(None, (image.get("filepath"), _text(image["filename"], path))))
+                    captions.setdefault(name, []).extend(_text(s["raw"], path) for s in image["sentences"])
+    if not captions:
+        raise ValueError(f"no image of the split {split!r} in {annotations[0]}; it has {', '.join(sorted(splits))}")
+    return _on_disk("karpathy", captions, _with_sub_folders(images))
+
+
+def albef(annotations: Sequence[Path], images: Path) -> Source:
+    """ALBEF's JSON: a list of {"image": path in `images`, "caption": text or list of texts}; key = image."""
+    _check_folder(images, "--images")
+    captions: dict[str, list[str]] = {}
+    for path in annotations:
+        with _layout(path, "list of pairs", 'objects with "image" and "caption"'):
+            for pair in load_json(path):
+                captions.setdefault(_text(pair["image"], path), []).extend(_texts(pair["caption"], path))
+    return _on_disk("albef", captions, [images])
 
 
 def table(path: Path, image_column: str, caption_column: str, images: Path | None = None) -> Source:
@@ -77,27 +109,88 @@ def table(path: Path, image_column: str, caption_column: str, images: Path | Non
     Images are looked up in `images` (default: the table's folder). A caption may be a list of strings in JSONL and
     parquet.
     """
-    rows = _read_rows(path, (image_column, caption_column))
     captions: dict[str, list[str]] = {}
-    for image, caption in rows:
-        entries = caption if isinstance(caption, list) else [caption]
-        captions.setdefault(_text(image, path), []).extend(_text(e, path) for e in entries if e is not None)
-    folders = [images or path.parent]
-    _check_folder(folders[0], "--images")
-    _check_any_image(captions, folders)
-    return Source("table", NOT_STATED, _records(captions, folders))
+    for image, caption in readers.read_rows(path, (image_column, caption_column)):
+        captions.setdefault(_text(image, path), []).extend(_texts(caption, path))
+    _check_folder(images or path.parent, "--images")
+    return _on_disk("table", captions, [images or path.parent])
 
 
-def folder(images: Path) -> Source:
-    """Every image in `images`, recursively, with the .txt of the same name: one caption a line; key = relative path."""
+def tsv(path: Path, columns: str = "caption,image", images: Path | None = None) -> Source:
+    """Tab-separated rows without a header, as CC3M and CC12M come; key = the image column, a path in `images`.
+
+    columns: what each column holds, "caption", "image" or "-"; quotation marks are text.
+    """
+    names = columns.split(",")
+    if sorted(name for name in names if name != "-") != ["caption", "image"]:
+        raise ValueError(f"--columns {columns}: name caption and image once each and others -, such as caption,image")
+    captions: dict[str, list[str]] = {}
+    for row in readers.read_plain_rows(path, len(names)):
+        captions.setdefault(row[names.index("image")], []).append(row[names.index("caption")])
+    _check_folder(images or path.parent, "--images")
+    return _on_disk("tsv", captions, [images or path.parent])
+
+
+def folder(images: Path, caption_column: str | None = None) -> Source:
+    """Images with captions beside them; key = path in `images`.
+
+    With a metadata.csv or metadata.jsonl in the folder: its column file_name names the images, and caption_column
+    (default: text, caption or captions) holds their captions. Else every image in the folder, recursively, with the
+    .txt of the same name, one caption a line.
+    """
     _check_folder(images, "--images")
+    for name in METADATA_FILES:
+        if (path := images / name).is_file():
+            there = readers.column_names(path)
+            column = caption_column or next((column for column in METADATA_CAPTIONS if column in there), "text")
+            return Source("folder", NOT_STATED, table(path, "file_name", column, images).records)
+    if caption_column:
+        raise ValueError(f"--caption-column {caption_column}: {images} has none of {', '.join(METADATA_FILES)}")
     found = sorted(path for path in images.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not found:
         raise ValueError(f"no image found under {images}; known kinds: {' '.join(sorted(IMAGE_SUFFIXES))}")
     captions = {path.relative_to(images).as_posix(): _read_captions(path.with_suffix(".txt")) for path in found}
     if not any(captions.values()):
         raise ValueError(f"no image under {images} has captions in a .txt file of the same name beside it")
-    return Source("folder", NOT_STATED, _records(captions, [images]))
+    return _on_disk("folder", captions, [images])
+
+
+def webdataset(files: Sequence[Path]) -> Source:
+    """Uncompressed tar archives as img2dataset writes them: an image, and the caption in .txt or in .json "caption".
+
+    Key = archive/name, such as 00000.tar/000000012.
+    """
+    records = []
+    for path in files:
+        for name, members in readers.read_tar(path):
+            image = next((members[s] for s in members if f".{s}" in IMAGE_SUFFIXES), None)
+            if image is None and "txt" not in members:
+                continue  # of another kind, or one that could not be downloaded
+            captions = _captions_in_tar(path, members)
+            load = partial(readers.read_span, path, *image) if image else partial(_read_image, [path], name)
+            records.append(Record(f"{path.name}/{name}", tuple(captions), load))
+    if not records:
+        raise ValueError(f"{files[0]} has no image with a caption: it needs .jpg, .png or .webp, and .txt or .json")
+    return Source("webdataset", NOT_STATED, records)
+
+
+def parquet(files: Sequence[Path], image_column: str = "image", caption_column: str = "caption") -> Source:
+    """Parquet with the images inside, in Hugging Face's layout: a struct of bytes and path, or plain bytes.
+
+    A caption may be a list. Key = the path where all paths differ, else file/row group-row.
+    """
+    rows = [(path, *row) for path in files for row in readers.read_parquet_pairs(path, image_column, caption_column)]
+    names = {name for *_, name, _ in rows}
+    by_path = len(names) == len(rows) and None not in names
+    records = [
+        Record(
+            key=name if by_path else f"{path.name}/{group}-{row}",
+            captions=tuple(_texts(caption, path)),
+            load=partial(readers.read_parquet_image, path, group, row, image_column),
+        )
+        for path, group, row, name, caption in rows
+    ]
+    return Source("parquet", NOT_STATED, records)
 
 
 def without(source: Sequence[Record], excluded: set[str], limit: int | None) -> tuple[Source, int]:
@@ -142,15 +235,62 @@ def _names(key: str) -> Iterator[str]:
         yield match[1]
 
 
-def _records(captions: dict[str, list[str]], folders: list[Path]) -> list[Record]:
-    return [Record(key, tuple(texts), partial(_read_image, folders, key)) for key, texts in captions.items()]
+def _on_disk(name: str, captions: Mapping[str, list[str]], folders: list[Path], licence: str = NOT_STATED) -> Source:
+    """A source of images in `folders`, by path. Raises ValueError if none of them is there."""
+    # Images that lack here and there are dropped and counted later; if all do, the folder is the wrong one.
+    if captions and not any(_find(folders, key) for key in captions):
+        such_as = f"none of {len(captions)} names, such as {next(iter(captions))}"
+        raise ValueError(f"no image found: {such_as}, is in {folders[0]}; see --images")
+    records = [Record(key, tuple(texts), partial(_read_image, folders, key)) for key, texts in captions.items()]
+    return Source(name, licence, records)
 
 
 def _read_image(folders: list[Path], name: str) -> bytes:
+    if (path := _find(folders, name)) is None:
+        if leaves_folder(name, folders):
+            raise OutsideFolder(name)
+        raise FileNotFoundError(name)
+    return path.read_bytes()
+
+
+def _find(folders: list[Path], name: str) -> Path | None:
+    """Where the image `name` is, if it is in one of `folders`."""
+    if leaves_folder(name, folders):
+        return None
     for candidate in folders:
-        if (path := candidate / name).is_file():
-            return path.read_bytes()
-    raise FileNotFoundError(name)
+        try:
+            if (candidate / name).is_file():
+                return candidate / name
+        except OSError:  # a name that is too long, say
+            continue
+    return None
+
+
+def leaves_folder(name: str, folders: Sequence[Path]) -> bool:
+    """Whether a path from a source's file points outside `folders`. Links that a user made on disk are the user's."""
+    path = PurePosixPath(name)
+    return ".." in path.parts or (path.is_absolute() and not any(path.is_relative_to(f.absolute()) for f in folders))
+
+
+def _captions_in_tar(path: Path, members: Mapping[str, tuple[int, int]]) -> list[str]:
+    """The captions of one sample: its .txt, else "caption" in its .json. What is not UTF-8 is dropped later."""
+    if "txt" in members:
+        return [readers.read_span(path, *members["txt"]).decode("utf-8", "surrogateescape").strip()]
+    if "json" not in members:
+        return []
+    try:
+        return _texts(json.loads(readers.read_span(path, *members["json"])).get("caption"), path)
+    except (ValueError, AttributeError):
+        return []
+
+
+def _read_captions(path: Path) -> list[str]:
+    lines = path.read_bytes().decode("utf-8", "surrogateescape").splitlines() if path.is_file() else []
+    return [line for line in lines if line.strip() and not TRANSLATION.match(line)]
+
+
+def _with_sub_folders(images: Path) -> list[Path]:
+    return [images, *sorted(path for path in images.iterdir() if path.is_dir())]
 
 
 def _check_folder(path: Path, flag: str) -> None:
@@ -158,104 +298,23 @@ def _check_folder(path: Path, flag: str) -> None:
         raise ValueError(f"{flag} {path}: no such folder")
 
 
-def _check_any_image(names: Iterable[str], folders: list[Path]) -> None:
-    """Images that lack here and there are dropped and counted later; if all do, the folder is the wrong one."""
-    checked = 0
-    for name in names:
-        checked += 1
-        if any((candidate / name).is_file() for candidate in folders):
-            return
-    if checked:
-        raise ValueError(f"no image found: none of {checked} names, such as {name}, is in {folders[0]}; see --images")
+@contextmanager
+def _layout(path: Path, kind: str, needs: str) -> Iterator[None]:
+    """Turns what goes wrong on a file of another layout into a ValueError."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is no file of {kind} ({reason}); it needs {needs}") from None
+
+
+def _texts(value: Any, path: Path) -> list[str]:
+    """A caption, or several of them in a list; None is none."""
+    entries = value if isinstance(value, list) else [value]
+    return [_text(entry, path) for entry in entries if entry is not None]
 
 
 def _text(value: Any, path: Path) -> str:
     if isinstance(value, str):
         return value
     raise ValueError(f"{path}: expected text, found {value!r}; image names and captions must be strings")
-
-
-def _read_text(path: Path) -> str:
-    if not path.is_file():
-        raise ValueError(f"no such file: {path}")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from None
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not readable as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no COCO captions file: it holds a {type(content).__name__}, not an object")
-    return content
-
-
-def _read_captions(path: Path) -> list[str]:
-    lines = _read_text(path).splitlines() if path.is_file() else []
-    return [line for line in lines if line.strip() and not TRANSLATION.match(line)]
-
-
-def _read_rows(path: Path, columns: tuple[str, str]) -> Iterator[tuple[Any, Any]]:
-    """The two `columns` of every row of the table at `path`."""
-    if not path.is_file():
-        raise ValueError(f"no such file: {path}")
-    if (suffix := path.suffix.lower()) not in READERS:
-        raise ValueError(f"--table {path}: unknown kind {suffix or '(no suffix)'}; known: {' '.join(READERS)}")
-    return READERS[suffix](path, columns)
-
-
-def _check_columns(path: Path, columns: tuple[str, str], there: Sequence[str]) -> None:
-    for column in columns:
-        if column not in there:
-            raise ValueError(f"{path} has no column {column!r}; it has {', '.join(map(str, there)) or 'none'}")
-
-
-def _read_delimited(path: Path, columns: tuple[str, str], delimiter: str) -> Iterator[tuple[Any, Any]]:
-    csv.field_size_limit(sys.maxsize)
-    # Not splitlines(): it would also break rows at U+2028 and form feeds.
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter)
-    _check_columns(path, columns, reader.fieldnames or ())
-    image, caption = columns
-    try:
-        yield from ((row[image], row[caption]) for row in reader)
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
-
-
-def _read_jsonl(path: Path, columns: tuple[str, str]) -> Iterator[tuple[Any, Any]]:
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not readable as JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected an object, found {type(row).__name__}")
-        _check_columns(path, columns, tuple(row))
-        yield row[columns[0]], row[columns[1]]
-
-
-def _read_parquet(path: Path, columns: tuple[str, str]) -> Iterator[tuple[Any, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _check_columns(path, columns, file.schema_arrow.names)
-            for batch in file.iter_batches(columns=list(columns)):
-                yield from zip(*(batch.column(column).to_pylist() for column in columns), strict=True)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} is not readable as parquet: {str(error).splitlines()[0]}") from None
-
-
-READERS: dict[str, Callable[[Path, tuple[str, str]], Iterator[tuple[Any, Any]]]] = {
-    ".csv": partial(_read_delimited, delimiter=","),
-    ".tsv": partial(_read_delimited, delimiter="\t"),
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}

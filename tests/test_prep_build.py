@@ -137,7 +137,7 @@ def test_a_plain_streaming_dataset_reads_the_shards(pictures, tmp_path, monkeypa
     dataset = StreamingDataset(local=str(out), batch_size=1, shuffle=False, num_canonical_nodes=1)
     assert len(dataset) == 10
     assert [dataset[i]["key"] for i in range(10)] == [f"{i}.jpg" for i in range(10)]
-    assert sorted(dataset[0]) == sorted(shards.COLUMNS)
+    assert sorted(dataset[0]) == sorted(shards.columns(num_scores=0))
 
 
 def test_another_build_may_take_the_tokenizer_of_the_first(pictures, tmp_path):
@@ -341,7 +341,7 @@ def test_merge_names_missing_parts(pictures, tmp_path):
 def test_a_failing_part_leaves_nothing(tmp_path):
     def samples():
         tokens, tags, lengths = np.ones(2, np.uint16), np.zeros(2, np.uint32), np.array([2], np.uint8)
-        yield shards.Sample("a", 1, b"", tokens, tags, lengths, [""], 8, 8, 0, 0)
+        yield shards.Sample("a", 1, b"", tokens, tags, np.zeros((2, 0), np.uint8), lengths, [""], 8, 8, 0, 0)
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):

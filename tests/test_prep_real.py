@@ -4,7 +4,9 @@ import collections
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from streaming.base.format import reader_from_json
 
 from posmask.prep import pos, shards, tagging
 from posmask.prep.build_shards import main
@@ -66,7 +68,7 @@ def gold_by_character(tokens, start, end):
 def test_with_gold_tags_every_piece_carries_the_gold_tag(sentences, encoded):
     num_pieces = 0
     for (_, tokens), sentence in zip(sentences, encoded, strict=True):
-        for piece, bits in zip(sentence.pieces, align(sentence.pieces, tokens), strict=True):
+        for piece, (bits, _) in zip(sentence.pieces, align(sentence.pieces, tokens), strict=True):
             assert bits & pos.UPOS_MASK == gold_by_character(tokens, *piece) != 0
             num_pieces += 1
     assert (len(sentences), num_pieces) > (2000, 25_000)
@@ -78,7 +80,8 @@ def test_the_tagger_agrees_with_gold(sentences, encoded):
     exact = merged = num_pieces = 0
     nouns = pos.upos_bits(("NOUN", "PROPN"))
     for (_, gold), sentence, tokens in zip(sentences, encoded, tagged, strict=True):
-        for ours, theirs in zip(align(sentence.pieces, tokens), align(sentence.pieces, gold), strict=True):
+        both = zip(align(sentence.pieces, tokens), align(sentence.pieces, gold), strict=True)
+        for (ours, _), (theirs, _) in both:
             ours, theirs = ours & pos.UPOS_MASK, theirs & pos.UPOS_MASK
             exact += ours == theirs
             merged += ours == theirs or bool(ours & nouns and theirs & nouns)
@@ -103,6 +106,26 @@ def test_coco_photos_with_the_bert_vocabulary(tmp_path):
     assert counts["maskable"] / pieces > 0.999
     assert counts["cut_captions"] <= 2
     assert manifest.image["mean_height"] < 384
+
+    shares = shares_of_bits(tmp_path / "out")
+    assert 0.55 < shares["phrase_start"] < 0.75
+    assert 0.7 < shares["collocation_start"] < 0.9
+    assert 0.22 < shares["object"] < 0.33
+    assert 0.05 < shares["attribute"] < 0.09
+    assert 0.2 < shares["relation"] < 0.28
+    collocations = json.loads((tmp_path / "out" / "units.json").read_text())["collocations"]
+    assert {"next to", "stop sign", "in front of", "on top of a"} <= set(collocations)
+
+
+def shares_of_bits(out):
+    """Of all pieces of shards, the share with each bit; no unit starts inside a word."""
+    index = json.loads((out / "index.json").read_text())
+    readers = [reader_from_json(str(out), None, shard) for shard in index["shards"]]
+    tags = np.concatenate([reader[i]["tags"] for reader in readers for i in range(len(reader))])
+    pieces = tags[tags != 0]
+    inside_word = pieces[pieces & pos.WORD_START == 0]
+    assert not (inside_word & (pos.PHRASE_START | pos.COLLOCATION_START)).any()
+    return {name: np.count_nonzero(pieces & bit) / len(pieces) for name, bit in pos.BITS.items()}
 
 
 def test_a_table_of_drawings(tmp_path):

@@ -117,9 +117,10 @@ def test_unreadable_tables(images, name, text, message):
     ("text", "message"),
     [
         ("{", "not readable as JSON"),
-        ("[]", "holds a list, not an object"),
-        ("{}", "is no COCO captions file .KeyError: 'images'."),
+        ("[]", "is no file of COCO captions .AttributeError"),
+        ("{}", "is no file of COCO captions .KeyError: 'images'."),
         ('{"images": [{"id": 1, "file_name": "2.jpg"}], "annotations": [{"image_id": 9}]}', "KeyError: 9"),
+        ("[" * 100_000, "not readable as JSON: maximum recursion depth"),
         ('{"images": [{"id": 1, "file_name": "9.jpg"}], "annotations": []}', "no image found"),
     ],
 )

@@ -39,6 +39,7 @@ class ModelConfig:
     num_fusion_layers: int
     max_positions: int
     vocab_size: int = 0
+    objectives: tuple[str, ...] = ("mlm",)  # decides which heads there are beside the MLM head
     image_mean: tuple[float, ...] = IMAGE_MEAN
     image_std: tuple[float, ...] = IMAGE_STD
 
@@ -66,6 +67,11 @@ class ModelConfig:
         return ModelConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
 
 
+OBJECTIVES = {
+    "mlm": "masked language modelling",
+    "itm": "image-text matching against a hard negative of the batch",
+    "itc": "image-text contrast within the batch",
+}
 PRESETS = {
     # RN50 and BERT-base: layers 0-5 of bert-base-uncased are the text encoder, 6-11 the fusion encoder.
     "base": ModelConfig("base", 224, (3, 4, 6, 3), 64, 768, 12, 6, 6, max_positions=512),
@@ -82,6 +88,7 @@ class RunConfig:
     """Settings of one pre-training run, as in `config.json`. Counts are global over all ranks."""
 
     mask: str
+    objectives: tuple[str, ...]
     data: tuple[str, ...]
     val: str | None
     out: str
@@ -125,6 +132,7 @@ class RunConfig:
             _require(getattr(self, flag) >= 1, flag, getattr(self, flag), "at least 1")
         for flag in ("warmup_steps", "checkpoint_every", "eval_every", "snapshots", "weight_decay", "grad_clip"):
             _require(getattr(self, flag) >= 0, flag, getattr(self, flag), "0 (off) or more")
+        check_objectives(self.objectives, self.mask)
         _require(self.eval_images >= 1, "eval_images", self.eval_images, "at least 1")
         _require(self.lr > 0, "lr", self.lr, "above 0")
         _require(0 <= self.blank_rate <= 1, "blank_rate", self.blank_rate, "within 0..1")
@@ -170,6 +178,22 @@ class RunConfig:
         ]
 
 
+def check_objectives(objectives: tuple[str, ...], mask: str) -> None:
+    """Raises ValueError for objectives that are unknown, or that leave nothing to learn with this --mask."""
+    given = f"--objectives {','.join(objectives)}"
+    if unknown := [name for name in objectives if name not in OBJECTIVES]:
+        raise ValueError(f"{given}: {unknown[0]!r} is unknown, choose from {', '.join(OBJECTIVES)}")
+    if len(set(objectives)) < len(objectives):
+        raise ValueError(f"{given}: names an objective twice")
+    if mask == "none" and not set(objectives) - {"mlm"}:
+        raise ValueError(
+            "--mask none leaves nothing to learn while masked language modelling is the only objective; choose an arm, "
+            "or add an objective: --objectives mlm,itm"
+        )
+    if mask != "none" and "mlm" not in objectives:
+        raise ValueError(f"{given} masks nothing, which contradicts --mask {mask}: add mlm, or say --mask none")
+
+
 def learning_rate(config: RunConfig, step: int) -> float:
     """Linear warm-up, then a cosine to a tenth of --lr at the last step."""
     if step < config.warmup_steps:
@@ -207,6 +231,9 @@ def parse_args(argv: list[str] | None, has_gpu: bool) -> RunConfig:
                       help="what decodes the images (auto: DALI on a GPU, torchvision on a CPU)")
     data.add_argument("--on-bad-sample", choices=("stop", "skip"), default="stop",
                       help="whether an image that cannot be decoded ends the run or is left out, named and counted")
+
+    objectives = "; ".join(f"{name}: {text}" for name, text in OBJECTIVES.items())
+    parser.add_argument("--objectives", type=_names, default=("mlm",), help=f"comma list; {objectives}")
 
     mask = parser.add_argument_group("masking (defaults: those of the arm)")
     mask.add_argument("--mask-amount", choices=AMOUNTS, help="how many candidates are masked")
@@ -277,6 +304,10 @@ class _ListMasks(argparse.Action):
         for name, source, line in list_masks():
             print(f"{name:<16} {line}" + (f"  ({source})" if source else ""))
         parser.exit(0)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
 
 
 def _floats(count: int):

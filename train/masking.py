@@ -210,6 +210,12 @@ def weighted() -> Arm:
     )  # fmt: skip
 
 
+@register("none", "control")
+def nothing() -> Arm:
+    """nothing, for a run without masked language modelling (--objectives itm)"""
+    return Arm(0, "all", ALWAYS_MASK, amounts=("all",))
+
+
 # A prefix before an arm: what it does to the arm's plan (and its help).
 PREFIXES = {
     "matched": "the control: as many pieces a caption as ARM masks, placed at random",
@@ -236,11 +242,9 @@ def arm_slug(spec: str) -> str:
 
 def find_arm(spec: str) -> Arm | Mix:
     """The arm that a name or a comma list of names means. Raises ValueError for one that is not known, or no union."""
-    if spec == "none":
-        raise ValueError(
-            "--mask none leaves nothing to learn: masked language modelling is the only objective; choose an arm"
-        )
     names = spec.split(",")
+    if "none" in names and len(names) > 1:
+        raise ValueError(f"--mask {spec}: none masks nothing, so it adds nothing to a union; leave it out")
     for name in names:
         if name not in ARMS:
             known = ", ".join(name for name, *_ in list_masks())

@@ -10,7 +10,9 @@ layers are the text encoder, the next ones the fusion encoder (the split of ALBE
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -170,8 +172,67 @@ class MLMHead(nn.Module):
         return masked_lm_loss(self.transform(rows_MD), weight_VD, self.bias, targets, num_masked, bins)
 
 
+class MatchLoss(NamedTuple):
+    """Sums over a batch; only loss_sum has a gradient. For itc `hits` are captions that find their image."""
+
+    loss_sum: Tensor  # () float32, nats
+    hits: Tensor  # () float32
+    count: Tensor  # () float32
+
+
+class MatchHead(nn.Linear):
+    """Whether a caption and an image belong together, from the fused [CLS] (the ITM of ALBEF, with one logit)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config.width, 1)
+
+    def loss(self, cls_PD: Tensor, is_match: Tensor, weight: Tensor) -> MatchLoss:
+        """P pairs: is_match, weight (P,) float; pairs of weight 0 do not count."""
+        logit = self(cls_PD).squeeze(1).float()
+        loss = F.binary_cross_entropy_with_logits(logit, is_match, weight, reduction="sum")
+        hits = weight * ((logit > 0) == (is_match > 0.5))
+        return MatchLoss(loss, hits.sum().detach(), weight.sum())
+
+
+class ContrastHead(nn.Module):
+    """Image and text as unit vectors of one space (the ITC of ALBEF, within the batch, without a queue)."""
+
+    WIDTH = 256
+    TEMPERATURE = 0.07  # at the start
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.image = nn.Linear(config.width, self.WIDTH)
+        self.text = nn.Linear(config.width, self.WIDTH)
+        self.log_scale = nn.Parameter(torch.full((1,), -math.log(self.TEMPERATURE)))
+
+    def embed_image(self, image_BND: Tensor) -> Tensor:
+        """(B, N, D) image tokens -> (B, 256)."""
+        return F.normalize(self.image(image_BND.mean(1)).float(), dim=-1)
+
+    def embed_text(self, cls_CD: Tensor) -> Tensor:
+        """(C, D) [CLS] of the text encoder -> (C, 256)."""
+        return F.normalize(self.text(cls_CD).float(), dim=-1)
+
+    def loss(self, image_BND: Tensor, cls_CD: Tensor, caption_image: Tensor, shown: Tensor) -> MatchLoss:
+        """shown (B,) bool is false for blank images, which belong to no caption and no caption to them."""
+        caption_image = caption_image.long()
+        scores = self.embed_text(cls_CD) @ self.embed_image(image_BND).T * self.log_scale.float().exp()  # (C, B)
+        weight = shown[caption_image].float()
+        least = -1e4  # in fp32 as good as -inf, but finite: a weight of 0 makes nothing of it
+        to_image = F.cross_entropy(scores.masked_fill(~shown, least), caption_image, reduction="none")
+        # Of the captions, those of other images stand against each caption; its image's other captions are as true.
+        of_image = scores[:, caption_image].T  # (C, C): row i, every caption with the image of caption i
+        same = caption_image[:, None] == caption_image
+        other = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
+        target = torch.arange(len(same), device=same.device)
+        to_text = F.cross_entropy(of_image.masked_fill(other | ~shown[caption_image], least), target, reduction="none")
+        hits = weight * (scores.masked_fill(~shown, least).argmax(1) == caption_image)
+        return MatchLoss((weight * (to_image + to_text)).sum() / 2, hits.sum().detach(), weight.sum())
+
+
 class PosMaskModel(nn.Module):
-    """Image encoder, text encoder, fusion encoder and MLM head."""
+    """Image encoder, text encoder, fusion encoder, MLM head, and the heads of the other objectives."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -182,6 +243,8 @@ class PosMaskModel(nn.Module):
         self.text = nn.ModuleList(Layer(config, fuses=False) for _ in range(config.num_text_layers))
         self.fusion = nn.ModuleList(Layer(config, fuses=True) for _ in range(config.num_fusion_layers))
         self.head = MLMHead(config)
+        self.itm = MatchHead(config) if "itm" in config.objectives else None
+        self.itc = ContrastHead(config) if "itc" in config.objectives else None
         # BERT's 0.02 at its width of 768; a narrower model needs more, or its attention begins as a plain average.
         std = 0.02 * (768 / config.width) ** 0.5
         for name, module in self.named_modules():
@@ -228,8 +291,12 @@ class PosMaskModel(nn.Module):
         """(M, D) of fused text -> (M, V), for evaluations that want more than the loss."""
         return F.linear(self.head.transform(rows_MD), self.embeddings.word_embeddings.weight, self.head.bias)
 
-    def forward(self, batch, masked, bins: Tensor | None) -> MaskedLMLoss:
-        """batch: `loader.Batch` on the device; masked: `MaskedTokens` of it; bins (M,): POS of each masked row."""
+    def forward(self, batch, masked, bins: Tensor | None, pairs=None):
+        """The masked-LM loss; with `pairs` the losses (mlm, itm, itc) of the three, None for those without a head.
+
+        batch: `loader.Batch` on the device; masked: `MaskedTokens` of it; bins (M,): POS of each masked row;
+        pairs: `objectives.Pairs` of it.
+        """
         index, targets = masked.index, masked.targets
         if not index.is_cuda:  # the host knows the count: leave the spare rows out, all but one if none is live
             num_rows = max(1, int(masked.num_masked))
@@ -241,7 +308,22 @@ class PosMaskModel(nn.Module):
         rows_MD = self.fuse(
             text_TD, packing, image_BND, batch.caption_image, index, targets >= 0, batch.max_image_tokens
         )
-        return self.predict(rows_MD, targets, masked.num_masked, bins)
+        mlm = self.predict(rows_MD, targets, masked.num_masked, bins)
+        return mlm if pairs is None else (mlm, *self.match(batch, packing, image_BND, pairs))
+
+    def match(self, batch, packing: Packing, image_BND: Tensor, pairs) -> tuple[MatchLoss | None, MatchLoss | None]:
+        """The losses of itm and itc, on captions without masks."""
+        text_TD = self.encode_text(batch.tokens, packing)
+        first = batch.caption_starts[:-1].long()
+        itm = itc = None
+        if self.itc is not None:
+            itc = self.itc.loss(image_BND, text_TD[first], batch.caption_image, pairs.shown)
+        if self.itm is not None:
+            images = (batch.caption_image, pairs.negative_image)
+            cls_PD = torch.cat([self.fuse(text_TD, packing, image_BND, image, index=first) for image in images])
+            is_match = torch.cat([torch.ones_like(pairs.weight), torch.zeros_like(pairs.weight)])
+            itm = self.itm.loss(cls_PD, is_match, pairs.weight.repeat(2))
+        return itm, itc
 
 
 def _replace_batch_norm(module: nn.Module) -> None:

@@ -34,10 +34,10 @@ from posmask.train.engine import (
     set_learning_rate,
     start_processes,
 )
-from posmask.train.loader import Collator, Loader, Shards, View, evaluation_batches
+from posmask.train.loader import Batch, Collator, Loader, Shards, View, evaluation_batches
 from posmask.train.masking import Masking, parse_mask
 from posmask.train.model import PosMaskModel
-from posmask.train.objectives import mask_batch, masked_lm
+from posmask.train.objectives import Pairs, all_losses, counts, mask_batch, masked_lm, pair_batch
 from posmask.train.policy import POLICIES
 from posmask.train.weights import load_image_weights, load_text_weights
 
@@ -137,17 +137,18 @@ def train(
             # All micro-batches are masked first, so that each is scaled by the count of the whole step.
             plan = masking.at((step - 1) / config.steps)
             masked = [mask_batch(batch, plan, config.seed, policy.bit_weights) for batch in micro]
-            count = world.sum(torch.stack([m.num_masked for m in masked]).sum().float()).clamp_(min=1)
+            paired = [make_pairs(batch, config, engine) for batch in micro]
+            divisors = world.sum(counts(masked, paired)).clamp_(min=1)
             set_learning_rate(engine, learning_rate(config, step - 1))
-            all_losses = []
-            for batch, mask in zip(micro, masked, strict=True):
-                losses = masked_lm(engine, batch, mask)
-                # DeepSpeed averages over ranks and accumulation steps; ours is a sum over the step's masked tokens.
-                engine.backward(losses.loss_sum * (world.size * accumulation / count))
+            of_step = []
+            for batch, mask, pairs in zip(micro, masked, paired, strict=True):
+                losses = all_losses(engine, batch, mask, pairs)
+                # DeepSpeed averages over ranks and accumulation steps; ours are sums over the whole step.
+                engine.backward(losses.scaled_sum(divisors, world.size * accumulation))
                 engine.step()
                 window.add(batch, mask, losses)
-                all_losses.append(losses)
-            policy.update(all_losses, world)
+                of_step.append(losses.mlm)
+            policy.update(of_step, world)
 
             last = step == config.steps
             checkpoint_due = last or (config.checkpoint_every and step % config.checkpoint_every == 0)
@@ -173,6 +174,13 @@ def train(
             if stopping and not last:
                 return False
     return True
+
+
+def make_pairs(batch: Batch, config: RunConfig, engine) -> Pairs | None:
+    """What itm and itc learn from in this batch; None without them."""
+    if set(config.objectives) <= {"mlm"}:
+        return None
+    return pair_batch(batch, engine.module.config.vocab_size, config.seed)
 
 
 def find_resume(config: RunConfig, run: Path) -> Path | str | None:
@@ -204,7 +212,9 @@ def find_resume(config: RunConfig, run: Path) -> Path | str | None:
 
 def make_model_config(config: RunConfig, shards: Shards) -> ModelConfig:
     """The preset with the vocabulary of the shards."""
-    model_config = dataclasses.replace(PRESETS[config.preset], vocab_size=shards.manifest.tokenizer.vocab_size)
+    model_config = dataclasses.replace(
+        PRESETS[config.preset], vocab_size=shards.manifest.tokenizer.vocab_size, objectives=config.objectives
+    )
     if shards.manifest.max_tokens > model_config.max_positions:
         raise ValueError(
             f"the shards hold captions of up to {shards.manifest.max_tokens} tokens, --preset {config.preset} has "
@@ -264,8 +274,9 @@ def warm_up(engine, config: RunConfig, shards: Shards, collate: Collator, plan, 
     batch = collate(samples, epoch=0).to(engine.device, config.torch_dtype)
     set_learning_rate(engine, 0.0)
     for _ in range(accumulation):
-        losses = masked_lm(engine, batch, mask_batch(batch, plan, config.seed, bit_weights))
-        engine.backward(losses.loss_sum * 0.0)
+        masked, pairs = mask_batch(batch, plan, config.seed, bit_weights), make_pairs(batch, config, engine)
+        losses = all_losses(engine, batch, masked, pairs)
+        engine.backward(losses.scaled_sum(torch.ones(3, device=engine.device), 0.0))
         engine.step()
 
 
