@@ -146,6 +146,7 @@ def masked_lm_loss(
         bins = None if bins is None else bins[:num_live]
     else:
         return masked_lm_loss_reference(hidden_rows, weight, bias, targets, num_masked, bins)
-    with torch.cuda.device_of(hidden_rows):  # Triton launches on the current device
+    # Triton launches on the current device. The dtypes are chosen here, whatever autocast is on.
+    with torch.cuda.device_of(hidden_rows), torch.autocast(hidden_rows.device.type, enabled=False):
         loss_sum, *of_bins = _Loss.apply(hidden_rows, weight, bias, targets, bins, ops, torch.is_grad_enabled())
     return MaskedLMLoss(loss_sum, num_masked, *of_bins)
