@@ -72,6 +72,8 @@ class _Loss(torch.autograd.Function):
 
     The factor goes into the (M, D) rows instead of the large (V, D) gradient, which is thus written and rounded once.
     The gradient of the rows is made in the forward: the backward uses no parameter, whose values ZeRO-3 has released.
+    Above MAX_LOGITS_BYTES a chunk's logits cannot wait for the factor: its share of the parameters' gradients is added
+    up at once, in fp32, and takes the factor at the end.
     """
 
     @staticmethod
@@ -93,6 +95,7 @@ class _Loss(torch.autograd.Function):
         ctx.ops, ctx.vocabulary, ctx.dtypes = ops, len(weight), (hidden.dtype, weight.dtype, bias.dtype)
         results = ops.sums(row_loss, hit, targets, bins)
         ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)  # no zeros for the results without a gradient
         return results
 
     @staticmethod
