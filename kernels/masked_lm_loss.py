@@ -101,6 +101,8 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, factor, *_):
+        if factor is None:
+            return (None,) * 7
         targets, rows_gradient, *kept = ctx.saved_tensors
         hidden = ctx.ops.scaled(rows_gradient, targets, factor, ctx.dtypes[0])
         if not any(ctx.needs_input_grad[1:3]):
