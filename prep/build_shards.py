@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from posmask.prep import arguments, shards, sources, tagging, units, wordpiece
+from posmask.prep import arguments, inspection, shards, sources, tagging, units, wordpiece
 from posmask.prep.samples import CHUNK_RECORDS, Captions, Prepared, Recipe, prepare
 from posmask.prep.scene_tasks import write_eval_sets
 from posmask.prep.scenes import Scenes
@@ -92,6 +92,13 @@ def run_task(args: argparse.Namespace, task: str) -> int:
             print(problem)
         print(f"{args.folder}: {len(problems)} problems" if problems else f"{args.folder}: all good")
         return 1 if problems else 0
+    else:
+        found = inspection.inspect(args.folder)
+        for table in inspection.tables(found):
+            Console().print(table)
+        path = args.html or args.folder / "inspect.html"
+        shards.write_atomically(path, inspection.page(found))
+        print(f"{path}: plots and samples")
     return 0
 
 
