@@ -26,7 +26,7 @@ SOURCE_FLAGS = {
 PATH_FLAGS = {"annotations", "images", "table", "files"}
 NUM_SCENES = 20_000
 # Decide where and how fast the shards are written, not what is in them.
-NOT_IN_COMMAND = ("source", "out", "workers", "part", "max_dropped")
+NOT_IN_COMMAND = ("source", "out", "workers", "engine", "part", "max_dropped")
 TASKS = {
     "verify": "check every hash, image, token and bit of finished shards; exit code 1 names what is wrong",
     "merge": "make one data set of the parts that jobs with --part have written",
@@ -76,6 +76,7 @@ def make_parser(description: str = "") -> Parser:
     add("--max-tokens", type=int, default=48, help="per caption, [CLS] and [SEP] included; longer ones are cut")
     add("--records-per-part", type=_positive, default=4096, help="a part is written and resumed as a whole")
     add("--workers", type=_positive, default=None, help="processes, all cores by default; never changes the result")
+    add("--engine", default="processes", choices=("processes", "ray"), help="ray: on a Ray cluster; same result")
     add("--part", type=_share, metavar="I/N", help="write only the I-th of N shares of the parts, I from 1; then merge")
     add("--limit", type=_positive, metavar="N", help="take the first N records only")
     add("--exclude", metavar="FILE", help="image keys, file names or COCO ids to leave out, one a line")

@@ -28,9 +28,10 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
+from functools import partial
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
@@ -40,7 +41,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from posmask.prep import arguments, inspection, shards, sources, tagging, units, wordpiece
-from posmask.prep.samples import CHUNK_RECORDS, Captions, Prepared, Recipe, prepare
+from posmask.prep.ray_engine import prepare as prepare_on_ray
+from posmask.prep.samples import CHUNK_RECORDS, Captions, Prepared, Recipe
+from posmask.prep.samples import prepare as prepare_in_processes
 from posmask.prep.scene_tasks import write_eval_sets
 from posmask.prep.scenes import Scenes
 from posmask.prep.sources import Record
@@ -187,7 +190,8 @@ def build(args: argparse.Namespace, source: Sequence[Record], out: Path, like: P
     share, num_shares = args.part or (1, 1)
     starts = range(0, len(source), args.records_per_part)
     mine = range(share - 1, len(starts), num_shares)
-    write_parts(source, out, recipe, starts, mine, args.workers or os.cpu_count() or 1)
+    prepare = prepare_on_ray if args.engine == "ray" else prepare_in_processes
+    write_parts(source, out, recipe, starts, mine, partial(prepare, num_workers=args.workers))
     if args.part:
         print(f"{out}: share {share} of {num_shares} is written; when all are, run build_shards.py merge {out}")
     else:
@@ -203,7 +207,12 @@ def merge(out: Path, max_dropped: float) -> None:
 
 
 def write_parts(
-    source: Sequence[Record], out: Path, recipe: Recipe, starts: range, mine: Iterable[int], num_workers: int
+    source: Sequence[Record],
+    out: Path,
+    recipe: Recipe,
+    starts: range,
+    mine: Iterable[int],
+    prepare: Callable[..., Generator[Prepared]],
 ) -> None:
     """Write those of the parts `mine` that are not finished yet; part i begins at record starts[i]."""
     records_per_part = starts.step
@@ -221,7 +230,7 @@ def write_parts(
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
-        closing(prepare(chunks, recipe, min(num_workers, len(spans)))) as results,
+        closing(prepare(chunks, recipe)) as results,
         Progress(*columns, console=console, disable=not console.is_terminal) as progress,
     ):
         total = sum(len(span) for _, span in spans)
