@@ -119,7 +119,7 @@ def command_line(args: argparse.Namespace) -> str:
     words = ["python", "prep/build_shards.py", args.source]
     for name, value in vars(args).items():
         if name not in NOT_IN_COMMAND and value != defaults.get_default(name):
-            words += [_flag(name), *([] if value is True else _shown(value))]
+            words += [_flag(name), *_shown(value)]
     return shlex.join(words)
 
 
@@ -128,6 +128,9 @@ def _flag(name: str) -> str:
 
 
 def _shown(value: Any) -> list[str]:
+    """A flag's value as it was typed; none for a switch."""
+    if value is True:
+        return []
     return [str(each) for each in value] if isinstance(value, list) else [str(value)]
 
 

@@ -93,7 +93,7 @@ def run_task(args: argparse.Namespace, task: str) -> int:
         problems = list(verify(args.folder, args.workers or os.cpu_count() or 1))
         for problem in problems[:MAX_PROBLEMS]:
             print(problem)
-        print(f"{args.folder}: {len(problems)} problems" if problems else f"{args.folder}: all good")
+        print(f"{args.folder}: {f'problems: {len(problems)}' if problems else 'all good'}")
         return 1 if problems else 0
     else:
         found = inspection.inspect(args.folder)
