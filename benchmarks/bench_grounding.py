@@ -1,7 +1,8 @@
 """Does an arm ground its own words? Trains each arm with images and text-only, and probes both on held-out scenes.
 
     python benchmarks/bench_grounding.py --arms noun --steps 800
-    python benchmarks/bench_grounding.py --arms adj verb adp num --steps 400
+    python benchmarks/bench_grounding.py --arms adj verb adp --steps 400
+    python benchmarks/bench_grounding.py --arms num --steps 800 --captions-per-image 4
 
 The text-only twin is the same run with --blank-rate 1: what an arm learns beyond it came from looking. All words of
 the arm are masked at once, as in training. Finished runs are not trained again. Rows go to results/grounding.json,
@@ -31,12 +32,12 @@ def run(*command: str) -> str:
     return subprocess.run([sys.executable, *command], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def measure(arm: str, steps: int, blank_rate: float, runs: Path) -> dict:
+def measure(arm: str, steps: int, captions_per_image: int, blank_rate: float, runs: Path) -> dict:
     """Trains (unless it has been) and probes one run; the probe's entry for the arm's part of speech, and seconds."""
-    name = f"{arm}-{steps}" + ("-text-only" if blank_rate == 1 else "")
+    name = f"{arm}-{steps}-{captions_per_image}" + ("-text-only" if blank_rate == 1 else "")
     out = str(runs / name)
     run(str(ROOT / "train/pretrain.py"), "--mask", arm, "--steps", str(steps), "--blank-rate", str(blank_rate),
-        "--out", out, "--snapshots", "0")  # fmt: skip
+        "--captions-per-image", str(captions_per_image), "--out", out, "--snapshots", "0")  # fmt: skip
     probe = run(str(ROOT / "eval/run.py"), "probe", "--checkpoint", out, "--all-at-once", "--words-per-pos", "0")
     entry = json.loads(probe.splitlines()[-1])["pos"][arm]
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
@@ -47,15 +48,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arms", nargs="+", required=True)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--captions-per-image", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=Path("runs/grounding"))
     args = parser.parse_args()
     rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
     for arm in args.arms:
-        seen = measure(arm, args.steps, 0.1, args.runs)
-        blind = measure(arm, args.steps, 1.0, args.runs)
+        seen = measure(arm, args.steps, args.captions_per_image, 0.1, args.runs)
+        blind = measure(arm, args.steps, args.captions_per_image, 1.0, args.runs)
         row = {
             "arm": arm,
             "steps": args.steps,
+            "captions_per_image": args.captions_per_image,
             "words": seen["words"],
             "loss_image": round(seen["loss"]["image"], 4),
             "loss_blank": round(seen["loss"]["blank"], 4),

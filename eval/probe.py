@@ -24,6 +24,7 @@ from posmask.train.loader import Batch, Collator, Shards, View, evaluation_batch
 from posmask.train.model import Packing, PosMaskModel
 
 CONDITIONS = ("image", "blank", "other")
+MEASURE = "loss with the image [nats]"
 IMAGES_PER_BATCH = 64
 SEQUENCES_PER_FORWARD = 256
 
@@ -35,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--words-per-pos", type=int, default=2000, help="about as many of each part of speech, 0: all (%(default)s)"
     )
+
+
+def item_value(prediction: dict) -> tuple[str, str, float]:
+    """(part of speech, hole, loss with the image) of a line of predictions.jsonl, for comparisons."""
+    hole = f"{prediction['id']}/{prediction['caption']}/{prediction['positions'][0]}"
+    return prediction["pos"], hole, prediction["loss"]["image"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,8 @@ class Holes:
 
 def evaluate(model: PosMaskModel, run: Path, config: dict, args: argparse.Namespace) -> Outcome:
     """Probes `model` on the shards of --data. Raises ValueError if they do not fit the model."""
+    if "mlm" not in model.config.objectives:
+        raise ValueError(f"the probe needs masked language modelling, which {run} was trained without")
     data = args.data or config["val"]
     if data is None:
         raise ValueError(f"{run} was trained without --val: say which shards to probe with --data")

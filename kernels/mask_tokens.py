@@ -1,77 +1,22 @@
 """Choose and replace the tokens to predict: on the tensors' device, without synchronising, all captions at once.
 
-C captions, T packed tokens (captions one after the other, no padding). A *unit* is what is masked as a whole: a piece,
-or a run of candidate pieces that begins at a start bit (a word). What the bits mean is the caller's business.
+C captions, T packed tokens (captions one after the other, no padding), S score columns. What is masked is a
+`mask_plan.MaskPlan`, or a mix of several. `mask_tokens` is the operation; the reference is its readable form, and what
+runs on a CPU.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from fractions import Fraction
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from posmask.kernels.philox import REPLACE, SELECT, VALUE, draw_words
-
-AMOUNTS = ("all", "rate", "budget", "one")
-IGNORED = -100  # target of a spare row
-
-
-@dataclass(frozen=True)
-class MaskPlan:
-    """Which pieces are masked, how many, and what replaces them.
-
-    amount: "all" candidates; "rate": each unit with probability `rate`; "budget": max(1, round(rate · caption length))
-    pieces, [CLS] and [SEP] counted as in BERT; "one" unit a caption. A caption without a candidate is left alone.
-    """
-
-    candidates: int  # a piece with any of these bits may be masked
-    maskable: int  # ... if it has this bit too
-    mask_id: int
-    amount: str = "all"
-    rate: float = 0.15
-    unit_start: int = 0  # bit that starts a unit; 0: each piece is one
-    # Budget over longer units. True: whole units where they fill it exactly, else pieces. False: BERT's loop, which
-    # takes units in random order and skips those that overshoot, so it may stay below the budget.
-    exact: bool = True
-    # The control: as many pieces a caption as this plan would mask, placed uniformly over all maskable ones; whole
-    # words (they start at `word_start`) where they fill the count exactly, else pieces.
-    matched: bool = False
-    word_start: int = 0
-    replace: tuple[float, float, float] = (1.0, 0.0, 0.0)  # [MASK], a random token, the token itself
-    random_ranges: tuple[tuple[int, int], ...] = ()  # [low, high) ids that a random token may be
-    max_caption_tokens: int = 255  # no caption is longer; the shard format's limit
-
-    def __post_init__(self):
-        if self.amount not in AMOUNTS:
-            raise ValueError(f"mask amount {self.amount!r} is unknown; choose one of {', '.join(AMOUNTS)}")
-        if not 0 < self.rate <= 1:
-            raise ValueError(f"mask rate {self.rate} must be above 0 and at most 1")
-        if len(self.replace) != 3 or min(self.replace) < 0 or abs(sum(self.replace) - 1) > 1e-6:
-            raise ValueError(f"replace {self.replace} must be three probabilities (mask, random, keep) that sum to 1")
-        if self.replace[1] > 0 and self.num_random < 1:
-            raise ValueError(f"replace {self.replace} draws random tokens, but the vocabulary offers none")
-        assert self.candidates and self.maskable, "a plan without candidates masks nothing"
-        assert self.word_start or not self.matched, "matched counts are placed in words: word_start is missing"
-
-    @property
-    def num_random(self) -> int:
-        """How many token ids a random replacement may be."""
-        return sum(high - low for low, high in self.random_ranges)
-
-    def budget(self, lengths):
-        """max(1, round(rate · length)) for integer arrays or tensors, ties to even like Python's round.
-
-        The rate is taken as the decimal it was written as (0.15 = 3/20), so no device's floating point enters.
-        """
-        ratio = Fraction(self.rate).limit_denominator(1_000_000)
-        scaled = lengths * ratio.numerator
-        whole = scaled // ratio.denominator
-        twice_rest = 2 * (scaled - whole * ratio.denominator)
-        rounded = whole + (twice_rest + whole % 2 > ratio.denominator)
-        return rounded + (rounded < 1)
+from posmask.kernels.backend import resolve
+from posmask.kernels.mask_plan import IGNORED, TOP_WEIGHTS, MaskMix, MaskPlan, plans_of
+from posmask.kernels.masked_lm_loss import lowest_bit
+from posmask.kernels.philox import ARM, REPLACE, SELECT, VALUE, draw_words
+from posmask.kernels.race import KEY_BITS, race_keys
 
 
 class MaskedTokens(NamedTuple):
@@ -84,20 +29,39 @@ class MaskedTokens(NamedTuple):
     overflow: Tensor  # () int32, chosen tokens that found no row and were left as they are; must be 0
 
 
-class _Layout(NamedTuple):
-    caption: Tensor  # (T,) int64
-    position: Tensor  # (T,) int64, index inside the caption
-    place: Tensor  # (T,) int64, index inside the batch
-    lengths: Tensor  # (C,) int64
-    max_caption_tokens: int
+class Captions(NamedTuple):
+    """What the captions of a call are: its arguments under their names there."""
+
+    tags: Tensor
+    scores: Tensor | None
+    starts: Tensor
+    key: Tensor
+    bit_weights: Tensor | None = None
+
+
+class _Layout:
+    """Where each token stands, and sums and orders inside captions."""
+
+    def __init__(self, caption_starts: Tensor, num_tokens: int):
+        self.starts = caption_starts.long()
+        self.lengths = self.starts.diff()  # (C,)
+        self.place = torch.arange(num_tokens, device=caption_starts.device)  # (T,) index inside the batch
+        index = torch.arange(len(self.lengths), device=caption_starts.device)
+        self.caption = index.repeat_interleave(self.lengths, output_size=num_tokens)  # (T,)
+        self.position = self.place - self.starts[self.caption]  # (T,) index inside the caption
 
     def sum_per_caption(self, chosen: Tensor) -> Tensor:
         """(T,) bool → (C,) int64."""
         return torch.zeros_like(self.lengths).scatter_add_(0, self.caption, chosen.long())
 
-    def rank(self, runs: Tensor, draw: Tensor) -> Tensor:
-        """(T,) int64: a permutation of each caption's positions, those with `runs` first, by (draw, position)."""
-        order = torch.argsort(self.caption << 33 | torch.where(runs, draw, 1 << 32), stable=True)
+    def rank(self, runs: Tensor, key: Tensor, key_bits: int = 32) -> Tensor:
+        """(T,) int64: a permutation of each caption's positions, those with `runs` first, by (key, position)."""
+        key = torch.where(runs, key, 1 << key_bits)
+        if key_bits <= 32:
+            order = torch.argsort(self.caption << 33 | key, stable=True)
+        else:
+            order = torch.argsort(key, stable=True)
+            order = order[torch.argsort(self.caption[order], stable=True)]
         return torch.empty_like(order).scatter_(0, order, self.position)
 
     def heads(self, candidate: Tensor, starts_unit: Tensor | None) -> Tensor:
@@ -108,139 +72,263 @@ class _Layout(NamedTuple):
         return torch.where(candidate & (starts_unit | after_gap), self.place, 0).cummax(0).values
 
 
-def _take_units(candidate: Tensor, head: Tensor, budget: Tensor, draw: Tensor, layout: _Layout) -> Tensor:
-    """BERT's loop over each caption's units, all captions at once: in order of their draws, a unit is taken if it fits.
+def _take_units(candidate: Tensor, head: Tensor, budget: Tensor, rank: Tensor, plan: MaskPlan, at: _Layout) -> Tensor:
+    """BERT's loop over each caption's units, all captions at once: in order of `rank`, a unit is taken if it fits.
 
-    Rule: google-research/bert, create_pretraining_data.py. budget: (C,); the rest (T,). Returns (T,) bool.
+    Rule: google-research/bert, create_pretraining_data.py. budget: (C,); rank: (T,), first those of heads; the rest
+    (T,). Returns (T,) bool.
     """
-    is_head = candidate & (head == layout.place)
-    rank = layout.rank(is_head, draw)
+    is_head = candidate & (head == at.place)
     num_pieces = torch.zeros_like(head).scatter_add_(0, head, candidate.long())
     too_long = 1 << 30
-    num_ranks, left = min(layout.max_caption_tokens, len(head)), budget.clone()
+    num_ranks, left = min(plan.max_caption_tokens, len(head)), budget.clone()
     pieces_by_rank = torch.full((num_ranks, len(left)), too_long, device=head.device)
-    pieces_by_rank[rank, layout.caption] = torch.where(is_head, num_pieces, too_long)
+    pieces_by_rank[rank, at.caption] = torch.where(is_head, num_pieces, too_long)
     taken = torch.empty_like(pieces_by_rank, dtype=torch.bool)
     for pieces, fits in zip(pieces_by_rank.unbind(), taken.unbind(), strict=True):
         torch.le(pieces, left, out=fits)
         left -= pieces * fits
-    return candidate & taken[rank, layout.caption][head]
+    return candidate & taken[rank, at.caption][head]
 
 
-def _fill(candidate: Tensor, head: Tensor, count: Tensor, draws: tuple[Tensor, ...], layout: _Layout) -> Tensor:
+def _take_spans(
+    candidate: Tensor, head: Tensor, budget: Tensor, rank: Tensor, num_units: Tensor, plan: MaskPlan, at: _Layout
+) -> tuple[Tensor, Tensor]:
+    """SpanBERT's loop: in order of `rank` a piece that is still free begins a span of `num_units` (T,) units at most.
+
+    A span begins with the whole unit of its first piece and ends before a unit that is taken, does not follow at once
+    or does not fit into what is left of the budget. Source: arXiv 1907.10529, whose code cuts the last word instead.
+    Returns (T,) bool and, for what was taken, the place of its span's first piece.
+    """
+    num_pieces = torch.zeros_like(head).scatter_add_(0, head, candidate.long())
+    num_ranks, left = min(plan.max_caption_tokens, len(head)), budget.clone()
+    anchors = torch.full((num_ranks, len(left)), -1, device=head.device)
+    anchors[rank, at.caption] = torch.where(candidate, at.place, -1)
+    # One entry more than there are tokens: what has nowhere to be written goes there.
+    span = torch.full((len(head) + 1,), -1, device=head.device)
+    last = len(head) - 1
+    for anchor in anchors.unbind():
+        first = head[anchor.clamp(min=0)]
+        unit, wanted = first, num_units[anchor.clamp(min=0)]
+        goes_on = (anchor >= 0) & (left > 0)
+        for n in range(len(plan.span_lengths)):
+            # A unit that follows begins where the one before ended, in the same caption.
+            begins = candidate[unit] & (head[unit] == unit) & (at.caption[unit] == at.caption[first])
+            goes_on &= begins & (n < wanted) & (span[unit] < 0) & (num_pieces[unit] <= left)
+            span[torch.where(goes_on, unit, len(head))] = first
+            left -= num_pieces[unit] * goes_on
+            unit = (unit + num_pieces[unit]).clamp(max=last)
+        if left.device.type == "cpu" and not left.any():
+            break
+    of_piece = span[:-1][head]
+    return candidate & (of_piece >= 0), of_piece.clamp(min=0)
+
+
+def _fill(candidate: Tensor, head: Tensor, count: Tensor, draws, plan: MaskPlan, at: _Layout) -> Tensor:
     """(T,) bool: `count` (C,) candidates a caption, or all; whole units if they come to it exactly, else pieces."""
-    count = torch.minimum(count, layout.sum_per_caption(candidate))
-    units = _take_units(candidate, head, count, draws[0], layout)
-    pieces = candidate & (layout.rank(candidate, draws[1]) < count[layout.caption])
-    return torch.where((layout.sum_per_caption(units) == count)[layout.caption], units, pieces)
+    count = torch.minimum(count, at.sum_per_caption(candidate))
+    rank = at.rank(candidate & (head == at.place), draws[0])
+    units = _take_units(candidate, head, count, rank, plan, at)
+    pieces = candidate & (at.rank(candidate, draws[1]) < count[at.caption])
+    return torch.where((at.sum_per_caption(units) == count)[at.caption], units, pieces)
 
 
-def select_reference(
-    tags: Tensor, caption_starts: Tensor, caption_key: Tensor, plan: MaskPlan, seed: int, epoch: int
-) -> Tensor:
-    """(T,) bool: the tokens to predict. Arguments as in `mask_tokens`."""
-    maskable = (tags & plan.maskable) != 0
-    candidate = maskable & ((tags & plan.candidates) != 0)
-    if plan.amount == "all" and not plan.matched:
-        return candidate
-    starts = caption_starts.long()
-    lengths, place = starts.diff(), torch.arange(len(tags), device=tags.device)
-    caption = torch.arange(len(lengths), device=tags.device).repeat_interleave(lengths, output_size=len(tags))
-    layout = _Layout(caption, place - starts[caption], place, lengths, plan.max_caption_tokens)
-    # Words 0 and 1 choose units and pieces of the plan, 2 and 3 those of its twin, which must not follow the plan's.
-    draws = draw_words(SELECT, layout.position, caption, caption_key, seed, epoch)
+def _shuffle_words(tags: Tensor, maskable: Tensor, draw: Tensor, plan: MaskPlan, at: _Layout) -> Tensor:
+    """`tags` (T,) after the words of each caption have traded the bits `plan.shuffled` of their first pieces."""
+    head = at.heads(maskable, (tags & plan.word_start) != 0)
+    is_head = maskable & (head == at.place)
+    first = at.starts[at.caption]
+    by_draw = torch.empty_like(head).scatter_(0, first + at.rank(is_head, draw), at.place)
+    source = by_draw[first + at.rank(is_head, at.position)]  # of a word: the one whose bits it gets
+    traded = tags[source[head]] & plan.shuffled | tags & ~plan.shuffled
+    return torch.where(maskable, traded, tags)
 
-    head = layout.heads(candidate, (tags & plan.unit_start) != 0 if plan.unit_start else None)
-    if plan.amount == "rate":
+
+def _weights(candidate: Tensor, head: Tensor, tags: Tensor, of: Captions, plan: MaskPlan, at: _Layout) -> Tensor:
+    """(T,) int64 weight of the unit that begins at each place; 0 for one that may not be drawn."""
+    if plan.weights == "bits":
+        assert of.bit_weights is not None, "these weights are state: the caller passes them"
+        weights = torch.cat([of.bit_weights.long(), torch.ones_like(of.bit_weights[:1], dtype=torch.int64)])
+        return weights[lowest_bit(tags).long()]  # without a bit: the last entry
+    assert of.scores is not None and plan.score < of.scores.shape[1], "these weights need a column of scores"
+    score = of.scores[:, plan.score].long()
+    if plan.weights == "rank":
+        # Candidates of the caption with a higher score: the place of the first equal key in the order of all.
+        key = at.caption << 9 | torch.where(candidate, 255 - score, 256)
+        num_higher = torch.searchsorted(key.sort().values, key) - at.starts[at.caption]
+        return at.sum_per_caption(candidate)[at.caption] - num_higher
+    ranked = candidate & (head == at.place) & (score > 0)
+    rank, count = at.rank(ranked, 255 - score), at.sum_per_caption(ranked)[at.caption]
+    weight = torch.zeros_like(head)
+    for n, table in enumerate(TOP_WEIGHTS, start=1):
+        at_least = n == len(TOP_WEIGHTS)
+        for nth, value in enumerate(table):
+            weight = torch.where(ranked & ((count >= n) if at_least else (count == n)) & (rank == nth), value, weight)
+    return weight
+
+
+def _select_one(of: Captions, plan: MaskPlan, draws: tuple[Tensor, ...], at: _Layout) -> tuple[Tensor, Tensor]:
+    """One plan on all captions: (T,) bool what is chosen, and (T,) the first place of its unit (of its span)."""
+    tags, maskable = of.tags, (of.tags & plan.maskable) != 0
+    if plan.shuffled:
+        tags = _shuffle_words(tags, maskable, draws[2], plan, at)
+    candidate = maskable & ((tags & plan.candidates) != 0) & ((tags & plan.excluded) == 0)
+    head = at.heads(candidate, (tags & plan.unit_start) != 0 if plan.unit_start else None)
+    key, key_bits = draws[0], 32
+    if plan.weights != "equal":
+        weights = _weights(candidate, head, tags, of, plan, at)
+        candidate &= weights[head] > 0
+        key, key_bits = race_keys(draws[0], weights.clamp(min=1)), KEY_BITS
+    is_head, budget, group = candidate & (head == at.place), plan.budget(at.lengths), head
+    if plan.amount == "all":
+        chosen = candidate
+    elif plan.amount == "rate":
         chosen = candidate & (draws[0][head] < round(plan.rate * 2**32))
     elif plan.amount == "one":
-        chosen = candidate & (layout.rank(candidate & (head == place), draws[0])[head] == 0)
-    elif plan.amount == "budget":
-        budget = plan.budget(lengths)
-        if not plan.unit_start:
-            chosen = candidate & (layout.rank(candidate, draws[0]) < budget[caption])
-        elif plan.exact:
-            chosen = _fill(candidate, head, budget, draws[:2], layout)
-        else:
-            chosen = _take_units(candidate, head, budget, draws[0], layout)
+        chosen = candidate & (at.rank(is_head, key, key_bits)[head] == 0)
+    elif plan.span_lengths:
+        num_units = 1 + sum((draws[1] >= limit).long() for limit in plan.span_lengths[:-1])
+        chosen, group = _take_spans(candidate, head, budget, at.rank(candidate, draws[0]), num_units, plan, at)
+    elif not plan.unit_start:
+        chosen = candidate & (at.rank(candidate, key, key_bits) < budget[at.caption])
+    elif plan.exact:
+        chosen = _fill(candidate, head, budget, draws[:2], plan, at)
     else:
-        chosen = candidate
+        chosen = _take_units(candidate, head, budget, at.rank(is_head, key, key_bits), plan, at)
+    if plan.otherwise is not None:
+        other, other_group = _select_one(of, plan.otherwise, draws, at)
+        empty = (at.sum_per_caption(candidate) == 0)[at.caption]
+        chosen, group = chosen | other & empty, torch.where(empty, other_group, group)
     if plan.matched:
-        head = layout.heads(maskable, (tags & plan.word_start) != 0)
-        chosen = _fill(maskable, head, layout.sum_per_caption(chosen), draws[2:], layout)
-    return chosen
+        group = at.heads(maskable, (of.tags & plan.word_start) != 0)
+        chosen = _fill(maskable, group, at.sum_per_caption(chosen), draws[2:], plan, at)
+    return chosen, group
+
+
+def caption_arms(caption_key: Tensor, plan: MaskPlan | MaskMix, seed: int, epoch: int) -> Tensor:
+    """(C,) int64: which plan of a mix each caption follows; 0 for a single plan. caption_key as in `draw_words`."""
+    caption = torch.arange(len(caption_key), device=caption_key.device)
+    arm = torch.zeros_like(caption)
+    if isinstance(plan, MaskMix):
+        word = draw_words(ARM, arm, caption, caption_key, seed, epoch)[0]
+        for limit in plan.thresholds:
+            arm = arm + (word >= limit)
+    return arm
+
+
+def _select(of: Captions, plan: MaskPlan | MaskMix, seed: int, epoch: int) -> tuple[Tensor, Tensor | None]:
+    """(T,) bool what is chosen, and (T,) the place whose draw decides each replacement; None if it is the own one."""
+    first, *others = plans_of(plan)
+    if not others and first.amount == "all" and not (first.matched or first.shuffled or first.otherwise):
+        chosen = ((of.tags & first.maskable) != 0) & ((of.tags & first.candidates) != 0)
+        return (chosen & ((of.tags & first.excluded) == 0) if first.excluded else chosen), None
+    at = _Layout(of.starts, len(of.tags))
+    # Words 0 and 1 choose units and pieces of the plan, 2 and 3 those of its twin, which must not follow the plan's.
+    draws = draw_words(SELECT, at.position, at.caption, of.key, seed, epoch)
+    chosen, group = _select_one(of, first, draws, at)
+    if not others:
+        return chosen, group if first.replace_units else None
+    group = group if first.replace_units else at.place
+    arm = caption_arms(of.key, plan, seed, epoch)[at.caption]
+    for i, other in enumerate(others, start=1):
+        other_chosen, other_group = _select_one(of, other, draws, at)
+        other_group = other_group if other.replace_units else at.place
+        chosen, group = torch.where(arm == i, other_chosen, chosen), torch.where(arm == i, other_group, group)
+    return chosen, group
 
 
 def _replacements(
-    targets: Tensor, index: Tensor, caption_starts: Tensor, caption_key: Tensor, plan: MaskPlan, seed: int, epoch: int
+    targets: Tensor, index: Tensor, group: Tensor | None, of: Captions, plan: MaskPlan | MaskMix, seed: int, epoch: int
 ) -> Tensor:
-    """(capacity,) int32: what stands in the place of each target. Values of spare rows mean nothing."""
-    mask_below = round(plan.replace[0] * 2**32)
-    random_below = round((plan.replace[0] + plan.replace[1]) * 2**32)
-    if mask_below == 2**32:
-        return torch.full_like(targets, plan.mask_id)
-    starts = caption_starts.long()
+    """(M,) int32: what stands in the place of each target. index (M,) int64; group (M,) int64 or None.
+
+    Values of spare rows mean nothing.
+    """
+    plans = plans_of(plan)
+    if all(p.thresholds[0] == 2**32 for p in plans):
+        return torch.full_like(targets, plans[0].mask_id)
+    starts = of.starts.long()
     caption = torch.searchsorted(starts, index, right=True) - 1
-    position = index - starts[caption]
-    kind = draw_words(REPLACE, position, caption, caption_key, seed, epoch)[0]
-    new = torch.where(kind < mask_below, plan.mask_id, targets)
-    if random_below > mask_below:
+    first = starts[caption]
+    # One call for both draws: what [MASK] competes with is drawn for the group, the random token for the piece.
+    positions = torch.cat([(index if group is None else group) - first, index - first])
+    purposes = torch.tensor([REPLACE, VALUE], device=index.device).repeat_interleave(len(index))
+    words = draw_words(purposes, positions, caption.repeat(2), of.key, seed, epoch)[0]
+    kind, value = words.view(2, len(index))
+    mask_below, random_below = (limit if len(plans) == 1 else None for limit in plans[0].thresholds)
+    if len(plans) > 1:
+        arm = caption_arms(of.key, plan, seed, epoch)[caption]
+        limits = torch.tensor([p.thresholds for p in plans], device=index.device)[arm]
+        mask_below, random_below = limits.unbind(1)
+    new = torch.where(kind < mask_below, plans[0].mask_id, targets)
+    if plans[0].num_random:
         # Multiply and shift: unbiased to num_random / 2³², and the same integers on every device.
-        nth = draw_words(VALUE, position, caption, caption_key, seed, epoch)[0] * plan.num_random >> 32
+        nth = value * plans[0].num_random >> 32
         token, num_before = nth, 0
-        for low, high in plan.random_ranges:
+        for low, high in plans[0].random_ranges:
             token = torch.where(nth >= num_before, nth - num_before + low, token)
             num_before += high - low
         new = torch.where((kind >= mask_below) & (kind < random_below), token.to(new.dtype), new)
     return new
 
 
+def select_reference(
+    tags: Tensor, caption_starts: Tensor, caption_key: Tensor, plan: MaskPlan | MaskMix, seed: int, epoch: int,
+    scores: Tensor | None = None, bit_weights: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """(T,) bool: the tokens to predict. Arguments as in `mask_tokens`."""
+    return _select(Captions(tags, scores, caption_starts, caption_key, bit_weights), plan, seed, epoch)[0]
+
+
 def mask_tokens_reference(
-    tokens: Tensor,
-    tags: Tensor,
-    caption_starts: Tensor,
-    caption_key: Tensor,
-    plan: MaskPlan,
-    seed: int,
-    epoch: int,
-    capacity: int,
-) -> MaskedTokens:
+    tokens: Tensor, tags: Tensor, scores: Tensor | None, caption_starts: Tensor, caption_key: Tensor,
+    plan: MaskPlan | MaskMix, seed: int, epoch: int, capacity: int, bit_weights: Tensor | None = None,
+) -> MaskedTokens:  # fmt: skip
     """The readable form of `mask_tokens`, whose arguments it shares."""
-    num_tokens = len(tokens)
+    of = Captions(tags, scores, caption_starts, caption_key, bit_weights)
+    chosen, group = _select(of, plan, seed, epoch)
+    if tokens.device.type == "cpu":  # where a count may be read at once, the work shrinks to the live rows
+        place = chosen.nonzero().flatten()
+        live = place[:capacity]
+        targets = tokens[live]
+        new = _replacements(targets, live, None if group is None else group[live], of, plan, seed, epoch)
+        spare = capacity - len(live)
+        return MaskedTokens(
+            tokens.index_copy(0, live, new),
+            torch.nn.functional.pad(live.int(), (0, spare)),
+            torch.nn.functional.pad(targets, (0, spare), value=IGNORED),
+            torch.tensor(len(live), dtype=torch.int32),
+            torch.tensor(len(place) - len(live), dtype=torch.int32),
+        )
+    num_tokens, count = len(tokens), chosen.sum()
     place = torch.arange(num_tokens, device=tokens.device)
-    chosen = select_reference(tags, caption_starts, caption_key, plan, seed, epoch)
-    count = chosen.sum()
     # Both writes send what has no place to one extra slot at the end, which is then cut off.
     row = torch.where(chosen, chosen.cumsum(0) - 1, capacity).clamp_(max=capacity)
     index = torch.full((capacity + 1,), num_tokens, device=tokens.device).scatter_(0, row, place)[:capacity]
     live = index < num_tokens
     safe_index = torch.where(live, index, 0)
     targets = torch.where(live, tokens[safe_index], IGNORED)
-    new = _replacements(targets, safe_index, caption_starts, caption_key, plan, seed, epoch)
+    new = _replacements(targets, safe_index, None if group is None else group[safe_index], of, plan, seed, epoch)
     masked = torch.cat([tokens, tokens[:1]]).scatter_(0, index, new)[:num_tokens]
     num_masked = count.clamp(max=capacity)
     return MaskedTokens(masked, safe_index.int(), targets, num_masked.int(), (count - num_masked).int())
 
 
 def mask_tokens(
-    tokens: Tensor,
-    tags: Tensor,
-    scores: Tensor | None,
-    caption_starts: Tensor,
-    caption_key: Tensor,
-    plan: MaskPlan,
-    seed: int,
-    epoch: int,
-    capacity: int,
-    backend: str = "auto",
-) -> MaskedTokens:
+    tokens: Tensor, tags: Tensor, scores: Tensor | None, caption_starts: Tensor, caption_key: Tensor,
+    plan: MaskPlan | MaskMix, seed: int, epoch: int, capacity: int, backend: str = "auto",
+    bit_weights: Tensor | None = None,
+) -> MaskedTokens:  # fmt: skip
     """Mask a batch of packed captions. The same caption gets the same mask in any batch, on any device and rank.
 
-    tokens, tags: (T,) int32, T > 0. scores: (T, S) uint8 for arms that weigh by score, or None. caption_starts: (C+1,)
+    tokens, tags: (T,) int32, T > 0. scores: (T, S) uint8 for plans that weigh by score, or None. caption_starts: (C+1,)
     int32 from 0 to T. caption_key: (C, 3) int32 as in `philox.draw_words`. seed, epoch: in [0, 2³²). capacity: rows of
     the result (`train.masking.capacity` computes it); what does not fit is counted in `overflow`, which the caller
-    must check now and then.
+    must check now and then. bit_weights: (17,) int32 in [1, 2²⁴] on the device, for plans that weigh by bit.
     """
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"mask_tokens has no backend {backend!r}; 'torch' is the only one built (or 'auto')")
-    return mask_tokens_reference(tokens, tags, caption_starts, caption_key, plan, seed, epoch, capacity)
+    arguments = (tokens, tags, scores, caption_starts, caption_key, plan, seed, epoch, capacity)
+    if resolve(backend, tokens, "mask_tokens") == "triton":
+        from posmask.kernels.mask_tokens_triton import mask_tokens_triton  # where there is no Triton it can't load
+
+        return mask_tokens_triton(*arguments, bit_weights)
+    return mask_tokens_reference(*arguments, bit_weights)

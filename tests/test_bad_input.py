@@ -10,6 +10,7 @@ import pytest
 
 from posmask.eval import run as evaluate
 from posmask.train import pretrain
+from posmask.train.loader import Shards
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +173,24 @@ def test_no_traceback_from_the_command():
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr and "absent" in done.stderr
+
+
+def test_an_image_that_cannot_be_decoded(scenes, tmp_path, capsys, monkeypatch, caplog):
+    """It stops the run by name; with --on-bad-sample skip the run goes on, names it once and counts it each time."""
+    read = Shards.__getitem__
+
+    def damaged(self, i):
+        sample = read(self, i)
+        return sample | {"image": b"no JPEG"} if i == 7 else sample
+
+    monkeypatch.setattr(Shards, "__getitem__", damaged)
+    key = repr(Shards((f"{scenes}/train",))[7]["key"])
+    epochs = ["--batch-size", "100", "--steps", "6", "--log-every", "3", "--eval-every", "0"]
+    epochs += ["--micro-batch-size", "20"]
+    assert pretrain.main(train_args(scenes, tmp_path / "stop", *epochs)) == 2
+    assert key in capsys.readouterr().err
+    assert pretrain.main(train_args(scenes, tmp_path / "skip", *epochs, "--on-bad-sample", "skip")) == 0
+    lines = [json.loads(line) for line in (tmp_path / "skip" / "metrics.jsonl").read_text().splitlines()]
+    counts = [(line["images"], line["bad_samples"]) for line in lines if "loss" in line]
+    assert counts == [(299, 1), (598, 2)], "300 images are an epoch of 3 steps"
+    assert sum(key in record.getMessage() for record in caplog.records) == 1

@@ -63,15 +63,15 @@ def test_a_finished_run_that_goes_on_is_unfinished_until_its_new_end(scenes, tmp
     run = tmp_path / "run"
     assert pretrain.main(arguments(scenes, run, 2)) == 0
     short = load_file(run / "model.safetensors")
-    masked_lm, calls = pretrain.masked_lm, []
+    all_losses, calls = pretrain.all_losses, []
 
     def interrupted(*args):
         calls.append(1)
         if len(calls) == 3:  # the first warms the optimizer up, the next is step 3
             raise KeyboardInterrupt
-        return masked_lm(*args)
+        return all_losses(*args)
 
-    monkeypatch.setattr(pretrain, "masked_lm", interrupted)
+    monkeypatch.setattr(pretrain, "all_losses", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pretrain.main(arguments(scenes, run, 4, "--resume", str(run)))
     monkeypatch.undo()

@@ -22,14 +22,14 @@ from posmask.train.engine import deepspeed_settings, make_engine, start_processe
 from posmask.train.loader import Collator, Loader, Shards, View
 from posmask.train.model import PosMaskModel
 from posmask.train.objectives import mask_batch, masked_lm
-from posmask.train.pretrain import make_model_config, make_plan
+from posmask.train.pretrain import make_masking, make_model_config
 
 out, data = sys.argv[1:]
 base = ["--mask", "noun", "--data", data, "--batch-size", "16", "--micro-batch-size", "4", "--steps", "1"]
 world = start_processes()
 config = parse_args(base, False)
 shards = Shards(config.data)
-plan, model_config = make_plan(config, shards), make_model_config(config, shards)
+plan, model_config = make_masking(config, shards).at(0.0), make_model_config(config, shards)
 view = View(0, model_config.image_size, model_config.image_mean, model_config.image_std, captions_per_image=1)
 torch.manual_seed(0)
 start = PosMaskModel(model_config)

@@ -46,7 +46,7 @@ def test_one_rank_and_two_see_the_same(shards, spec):
     seen = view(captions_per_image=2, blank_rate=0.3, crop_scale=(0.6, 1.0))
     tokenizer = shards.manifest.tokenizer
     vocabulary = {"mask_id": tokenizer.mask_id, "vocab_size": 500, "never_drawn": tokenizer.reserved_ids}
-    plan = parse_mask(spec, tokenizer=vocabulary, bits_computed=shards.manifest.bits_computed, max_tokens=48)
+    plan = parse_mask(spec, tokenizer=vocabulary, bits_computed=shards.manifest.bits_computed, max_tokens=48).at(0.0)
     # 11 steps of 32 cross the end of the first epoch of 300 images.
     one, two = collect(shards, seen, 1, 11, 32), collect(shards, seen, 2, 11, 8)
     resumed = collect(shards, seen, 2, 11, 16, start_step=7)
@@ -85,6 +85,28 @@ def test_captions_are_drawn_without_replacement(shards):
             assert len(captions) == min(2, len(sample["caption_lengths"])) == len(set(captions))
         drawn[epoch] = per_image
     assert drawn[0] != drawn[1]
+
+
+@pytest.mark.parametrize("spec", ["noun", "random", "matched:noun"])
+def test_a_caption_masked_again_has_other_masks_beside_the_first(shards, spec):
+    """The first masking is that of a batch without repeats; an image is there once."""
+    samples = [shards[i] for i in range(64)]
+    tokenizer = shards.manifest.tokenizer
+    vocabulary = {"mask_id": tokenizer.mask_id, "vocab_size": 500, "never_drawn": tokenizer.reserved_ids}
+    plan = parse_mask(spec, tokenizer=vocabulary, bits_computed=shards.manifest.bits_computed, max_tokens=48)
+    views = [view(captions_per_image=2, maskings_per_caption=r) for r in (1, 3)]
+    once, thrice = (Collator(seen, 0, 64, "cpu", CPU)(samples, 0) for seen in views)
+    masked_once, masked = (mask_batch(batch, plan, seed=3) for batch in (once, thrice))
+    assert torch.equal(once.images, thrice.images)
+    assert len(thrice.caption_key) == 3 * len(once.caption_key)
+    masking = thrice.caption_key[:, 0] >> 16
+    assert masking.tolist() == [0, 1, 2] * len(once.caption_key)
+    first, second = (torch.repeat_interleave(masking == r, thrice.caption_starts.diff()) for r in (0, 1))
+    assert torch.equal(thrice.tokens[first], once.tokens)
+    assert torch.equal(masked.tokens[first], masked_once.tokens)
+    same = torch.equal(masked.tokens[second], masked_once.tokens)
+    assert same == (spec == "noun"), "an arm that masks all leaves nothing to draw"
+    assert thrice.max_image_tokens == 3 * once.max_image_tokens
 
 
 def test_batch_layout(shards):
@@ -137,8 +159,35 @@ def test_an_undecodable_image_is_named(make):
     Image.new("RGB", (40, 40), "red").save(good, "JPEG")
     encoded = [np.frombuffer(good.getvalue(), np.uint8), np.frombuffer(b"not a JPEG at all", np.uint8)]
     whole = np.zeros((2, 2), np.float32), np.ones((2, 2), np.float32)
-    with pytest.raises(UndecodableImage, match="'broken'"):
-        make()(encoded, *whole, ["fine", "broken"])
+    decoder = make()
+    for _ in range(2):  # and the decoder goes on afterwards
+        with pytest.raises(UndecodableImage, match="'broken'") as raised:
+            decoder(encoded, *whole, ["fine", "broken"])
+        assert raised.value.index == 1
+        (red,) = decoder(encoded[:1], whole[0][:1], whole[1][:1], ["fine"])
+        assert (red.float() - torch.tensor([254.0, 0, 0])).abs().max() <= 2
+
+
+@pytest.mark.parametrize("decode", ["cpu", "dali"])
+def test_a_bad_sample_costs_itself_alone(shards, decode, caplog):
+    """With --on-bad-sample skip the others are what they are without it; it is named once and counted each time."""
+    seen = view(captions_per_image=2, blank_rate=0.3, crop_scale=(0.6, 1.0))
+    samples = [shards[i] for i in range(8)]
+    bad = {i: samples[i] | {"image": samples[i]["image"][: 100 * i]} for i in (2, 5)}
+    broken = [bad.get(i, sample) for i, sample in enumerate(samples)]
+    collate = Collator(seen, 0, 8, decode, CPU, "skip")
+    truth = collate([sample for i, sample in enumerate(samples) if i not in bad], 0)
+    for _ in range(2):
+        batch = collate(broken, 0)
+        assert batch.num_bad_samples == 2 and truth.num_bad_samples == 0
+        for name in ("tokens", "tags", "caption_starts", "caption_image", "caption_key", "images"):
+            assert torch.equal(getattr(batch, name), getattr(truth, name)), name
+    named = [record.getMessage() for record in caplog.records if "--on-bad-sample" in record.getMessage()]
+    assert [repr(samples[i]["key"]) in line for i, line in zip((2, 5), named, strict=True)] == [True, True]
+    with pytest.raises(UndecodableImage, match="--on-bad-sample skip"):
+        Collator(seen, 0, 8, decode, CPU)(broken, 0)
+    with pytest.raises(UndecodableImage):  # nothing would be left
+        collate([bad[2]], 0)
 
 
 def test_ranks_share_an_evaluation_evenly(shards):

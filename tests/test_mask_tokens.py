@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
-from posmask.kernels.mask_tokens import MaskPlan, mask_tokens, select_reference
-from posmask.kernels.philox import SELECT, draw_words
-from posmask.prep.pos import MASKABLE, UPOS_BIT, WORD_START
+from posmask.kernels.mask_plan import TOP_WEIGHTS, MaskMix, MaskPlan
+from posmask.kernels.mask_tokens import caption_arms, mask_tokens, select_reference
+from posmask.kernels.philox import ARM, SELECT, draw_words
+from posmask.prep.pos import MASKABLE, UPOS_BIT, UPOS_MASK, WORD_START
 
 NOUN = MaskPlan(candidates=UPOS_BIT["NOUN"], maskable=MASKABLE, mask_id=4, unit_start=WORD_START, word_start=WORD_START)
 # Half of the classes, so that a caption has runs of candidates and gaps between them.
@@ -34,25 +36,53 @@ PLANS = {
     "matched:random": replace(PIECES, matched=True),
 }
 BERT = replace(PIECES, replace=(0.8, 0.1, 0.1), random_ranges=((1, 3), (999, 1002), (5000, 5007)))
+# Frozen later than those above, which hold for ever.
+SPAN = replace(WHOLE_WORD, rate=0.4, span_lengths=tuple(n * 2**32 // 4 for n in (1, 2, 3, 4)), replace_units=True)
+PLANS |= {
+    "excluded": replace(MANY, excluded=UPOS_BIT["NUM"] | UPOS_BIT["ADJ"]),
+    "weighted pieces": replace(PIECES, amount="budget", rate=0.4, weights="bits"),
+    "weighted words": replace(WHOLE_WORD, rate=0.3, weights="bits"),
+    "weighted one": replace(MANY, amount="one", weights="bits"),
+    "by rank": replace(PIECES, amount="budget", rate=0.3, weights="rank", score=1),
+    "top": replace(EVERY, amount="one", weights="top", score=1),
+    "span": SPAN,
+    "matched:span": replace(SPAN, matched=True),
+    "shuffled": replace(NOUN, shuffled=UPOS_MASK),
+    "shuffled many": replace(MANY, shuffled=UPOS_MASK),
+    "noun or one": replace(NOUN, otherwise=replace(EVERY, amount="one")),
+    "matched:(noun or one)": replace(NOUN, matched=True, otherwise=replace(EVERY, amount="one")),
+}
+PLANS["mix"] = MaskMix((PLANS["noun"], SPAN, PLANS["matched:(noun or one)"]), (0.25, 0.25, 0.5))
+WEIGHTS = torch.tensor([1 + 37 * i * i % 1000 for i in range(17)], dtype=torch.int32)
 
 
-def run(text, plan, seed=1, epoch=2, capacity=None):
+def with_replacements(plan):
+    """The plan with all three kinds of replacement."""
+    if isinstance(plan, MaskMix):
+        return replace(plan, plans=tuple(with_replacements(part) for part in plan.plans))
+    return replace(plan, replace=BERT.replace, random_ranges=BERT.random_ranges)
+
+
+def run(text, plan, seed=1, epoch=2, capacity=None, backend="auto"):
     capacity = len(text.tokens) if capacity is None else capacity
-    key = text.caption_key
-    return mask_tokens(text.tokens, text.tags, None, text.caption_starts, key, plan, seed, epoch, capacity)
+    return mask_tokens(
+        text.tokens, text.tags, text.scores, text.caption_starts, text.caption_key, plan, seed, epoch, capacity,
+        backend, WEIGHTS.to(text.tokens.device),
+    )  # fmt: skip
 
 
 def select(text, plan, seed=1, epoch=2):
-    return select_reference(text.tags, text.caption_starts, text.caption_key, plan, seed, epoch)
+    return select_reference(
+        text.tags, text.caption_starts, text.caption_key, plan, seed, epoch, text.scores, WEIGHTS
+    )  # fmt: skip
 
 
 def pick(text, captions):
     """The same captions in another batch."""
     spans = [slice(*text.caption_starts[c : c + 2].tolist()) for c in captions]
     lengths = torch.tensor([0] + [span.stop - span.start for span in spans])
-    picked = type(text)(
-        tokens=torch.cat([text.tokens[s] for s in spans]), tags=torch.cat([text.tags[s] for s in spans])
-    )
+    columns = ("tokens", "tags", "scores")
+    picked = type(text)(**{name: torch.cat([getattr(text, name)[s] for s in spans]) for name in columns})
     picked.caption_starts, picked.caption_key = lengths.cumsum(0).int(), text.caption_key[captions]
     return picked, spans
 
@@ -60,12 +90,20 @@ def pick(text, captions):
 class Plainly:
     """One caption, read plainly: lists of positions, one Python loop for each rule."""
 
-    def __init__(self, tags, words, plan):
-        self.plan, self.draws = plan, words
+    def __init__(self, tags, scores, words, plan):
+        self.plan, self.draws, self.scores = plan, words, scores
         self.length = len(tags)
         self.starts = [bool(tag & WORD_START) for tag in tags]
         self.maskable = [i for i, tag in enumerate(tags) if tag & plan.maskable]
-        self.candidates = [i for i in self.maskable if tags[i] & plan.candidates]
+        if plan.shuffled:
+            heads = [word[0] for word in self.units(self.maskable)]
+            sources = sorted(heads, key=lambda i: (words[2][i], i))
+            tags, before = list(tags), tags
+            for word, source in zip(self.units(self.maskable), sources, strict=True):
+                for i in word:
+                    tags[i] = before[i] & ~plan.shuffled | before[source] & plan.shuffled
+        self.tags = tags
+        self.candidates = [i for i in self.maskable if tags[i] & plan.candidates and not tags[i] & plan.excluded]
 
     def units(self, pieces, by_word=True):
         units = []
@@ -76,9 +114,9 @@ class Plainly:
                 units.append([i])
         return units
 
-    def google_loop(self, units, budget, draw):
+    def google_loop(self, units, budget, order):
         masked = []
-        for unit in sorted(units, key=lambda unit: (self.draws[draw][unit[0]], unit[0])):
+        for unit in sorted(units, key=lambda unit: (order(unit[0]), unit[0])):
             if len(masked) >= budget:
                 break
             if len(masked) + len(unit) > budget:
@@ -88,25 +126,70 @@ class Plainly:
 
     def fill(self, pieces, count, draw):
         count = min(count, len(pieces))
-        words = self.google_loop(self.units(pieces), count, draw)
+        words = self.google_loop(self.units(pieces), count, lambda i: self.draws[draw][i])
         if len(words) == count:
             return words
         return sorted(pieces, key=lambda i: (self.draws[draw + 1][i], i))[:count]
+
+    def spans(self, units, budget):
+        unit_of = {i: unit for unit in units for i in unit}
+        masked = []
+        for i in sorted(unit_of, key=lambda i: (self.draws[0][i], i)):
+            unit, left = unit_of[i], 1 + sum(self.draws[1][i] >= limit for limit in self.plan.span_lengths[:-1])
+            while left and unit and unit[0] not in masked and len(masked) + len(unit) <= budget:
+                masked += unit
+                after = unit_of.get(unit[-1] + 1)
+                unit, left = after, left - 1
+        return masked
+
+    def weight(self, units):
+        """Of each unit's first piece; 0 rules a unit out."""
+        weights, rule = {}, self.plan.weights
+        ranked = sorted((unit[0] for unit in units if self.scores[unit[0]]), key=lambda i: (-self.scores[i], i))
+        for unit in units:
+            i = unit[0]
+            if rule == "bits":
+                bits = [b for b in range(17) if self.tags[i] >> b & 1]
+                weights[i] = int(WEIGHTS[bits[0]]) if bits else 1
+            elif rule == "rank":
+                weights[i] = len(units) - sum(self.scores[other[0]] > self.scores[i] for other in units)
+            else:
+                table = TOP_WEIGHTS[min(len(ranked), 3) - 1] if ranked else ()
+                weights[i] = table[ranked.index(i)] if i in ranked[: len(table)] else 0
+        return weights
+
+    def race(self, i, weight):
+        word = self.draws[0][i]
+        zeros = 32 - word.bit_length()
+        entry = (word << zeros + 1 & 0xFFFFFFFF) >> 20
+        log = zeros * 2**20 + round(2**20 * (1 - math.log2(1 + (entry + 0.5) / 4096)))
+        return log * (2**24 // weight)
 
     def masked(self):
         plan = self.plan
         units = self.units(self.candidates, by_word=plan.unit_start != 0)
         budget = max(1, round(self.length * plan.rate))
+        weights = None if plan.weights == "equal" else self.weight(units)
+        if weights is not None:
+            units = [unit for unit in units if weights[unit[0]]]
+
+        def order(i):
+            return self.draws[0][i] if weights is None else self.race(i, weights[i])
+
         if plan.amount == "rate":
             chosen = [i for unit in units if self.draws[0][unit[0]] < plan.rate * 2**32 for i in unit]
         elif plan.amount == "one":
-            chosen = min(units, key=lambda unit: (self.draws[0][unit[0]], unit[0]), default=[])
+            chosen = min(units, key=lambda unit: (order(unit[0]), unit[0]), default=[])
+        elif plan.span_lengths:
+            chosen = self.spans(units, budget)
         elif plan.amount == "budget" and plan.unit_start and plan.exact:
             chosen = self.fill(self.candidates, budget, 0)
         elif plan.amount == "budget":
-            chosen = self.google_loop(units, budget, 0)
+            chosen = self.google_loop(units, budget, order)
         else:
             chosen = self.candidates
+        if plan.otherwise and not units:
+            chosen = Plainly(self.tags, self.scores, self.draws, plan.otherwise).masked()
         return self.fill(self.maskable, len(chosen), 2) if plan.matched else chosen
 
 
@@ -114,17 +197,42 @@ class Plainly:
 def test_equals_a_plain_reading_on_512_captions(name, make_text, poisoned_memory):
     text, plan = make_text(512), PLANS[name]
     chosen = select(text, plan).tolist()
-    tags, starts = text.tags.tolist(), text.caption_starts.tolist()
+    tags, scores, starts = text.tags.tolist(), text.scores.tolist(), text.caption_starts.tolist()
     lengths = text.caption_starts.long().diff()
     caption = torch.arange(512).repeat_interleave(lengths)
     position = torch.arange(len(tags)) - text.caption_starts.long()[caption]
     draws = [word.tolist() for word in draw_words(SELECT, position, caption, text.caption_key, 1, 2)]
+    arms = caption_arms(text.caption_key, plan, 1, 2).tolist()
     expected = []
-    for a, b in pairwise(starts):
-        masked = set(Plainly(tags[a:b], [word[a:b] for word in draws], plan).masked())
+    for c, (a, b) in enumerate(pairwise(starts)):
+        mine = plan.plans[arms[c]] if isinstance(plan, MaskMix) else plan
+        column = [score[mine.score] for score in scores[a:b]]
+        masked = set(Plainly(tags[a:b], column, [word[a:b] for word in draws], mine).masked())
         expected += [i in masked for i in range(b - a)]
     assert chosen == expected
     assert 0.01 < sum(chosen) / len(chosen) < 0.9, "the comparison has something to compare"
+
+
+def test_arms_of_a_mix_are_drawn_with_their_shares(make_text):
+    text, mix = make_text(4000, max_words=0), PLANS["mix"]
+    arms = caption_arms(text.caption_key, mix, 1, 2)
+    word = draw_words(ARM, torch.zeros(4000, dtype=torch.int64), torch.arange(4000), text.caption_key, 1, 2)[0]
+    assert torch.equal(arms, (word >= 2**30).long() + (word >= 2**31).long())
+    for i, share in enumerate(mix.shares):
+        assert abs((arms == i).sum() - 4000 * share) < 4 * (4000 * share * (1 - share)) ** 0.5
+
+
+def test_one_replacement_for_a_whole_unit(make_text):
+    text = make_text(2000)
+    plan = replace(with_replacements(SPAN), replace=(0.5, 0.0, 0.5))
+    result, whole = run(text, plan), run(text, replace(plan, replace=(1.0, 0.0, 0.0)))
+    masked, chosen = result.tokens == 4, whole.tokens == 4
+    assert 0.45 < masked.sum() / chosen.sum() < 0.55
+    # Neighbours in a caption that are both chosen belong to one span, unless two spans meet.
+    follows = chosen[1:] & chosen[:-1]
+    assert (masked[1:] == masked[:-1])[follows].float().mean() > 0.85
+    inside_word = follows & (text.tags[1:] & WORD_START == 0)
+    assert torch.equal(masked[1:][inside_word], masked[:-1][inside_word])
 
 
 def test_budget_is_the_one_of_bert():
@@ -152,7 +260,7 @@ def test_exact_budget_and_one_piece(make_text):
 
 @pytest.mark.parametrize("name", PLANS)
 def test_a_caption_has_the_same_mask_in_any_batch(name, make_text):
-    text, plan = make_text(60), replace(PLANS[name], replace=BERT.replace, random_ranges=BERT.random_ranges)
+    text, plan = make_text(60), with_replacements(PLANS[name])
     whole = run(text, plan).tokens
     shuffled = torch.randperm(60, generator=torch.Generator().manual_seed(0)).tolist()
     for captions in (shuffled, shuffled[:17], [shuffled[0]]):
@@ -249,10 +357,14 @@ def test_degenerate_batches(name, make_text, poisoned_memory):
     single = type(text)(
         tokens=torch.tensor([7, 8], dtype=torch.int32),
         tags=torch.full((2,), MASKABLE | WORD_START | (1 << 17) - 1, dtype=torch.int32),
+        scores=torch.full((2, 2), 200, dtype=torch.uint8),
         caption_starts=torch.tensor([0, 1, 1, 2], dtype=torch.int32),
         caption_key=text.caption_key[:3],
     )
-    result = run(single, replace(plan, rate=1.0))
+    result = run(single, plan if isinstance(plan, MaskMix) else replace(plan, rate=1.0))
+    if name == "excluded":
+        assert result.num_masked == 0
+        return
     assert result.num_masked == 2 and result.tokens.tolist() == [4, 4] and result.targets.tolist() == [7, 8]
 
 
@@ -310,12 +422,25 @@ GOLDEN = {
     "matched:noun": "9ca13f46704d3067",
     "matched:many": "aa5ca84e932ba77d",
     "matched:random": "3b33c73d1de367ca",
+    "excluded": "60cd19c300843a01",
+    "weighted pieces": "f0cdea82b32280b4",
+    "weighted words": "32039eba5f804e03",
+    "weighted one": "e15c68fffe56a0ca",
+    "by rank": "aa5cf528860f5dc3",
+    "top": "1d799ea80b5e720a",
+    "span": "57965cebf8b9acd6",
+    "matched:span": "f287dcda6a34c192",
+    "shuffled": "ec60da58c382bd8d",
+    "shuffled many": "7bc1b3e08633cc2b",
+    "noun or one": "b9bb92ad9c952dbc",
+    "matched:(noun or one)": "cab2ddded68c93a4",
+    "mix": "155c6d04cbeff90d",
 }
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_masks_are_frozen(name, make_text):
-    plan = replace(PLANS[name], replace=BERT.replace, random_ranges=BERT.random_ranges)
+    plan = with_replacements(PLANS[name])
     # Not from make_text: NumPy may change its streams.
     i = torch.arange(400, dtype=torch.int64)
     text = make_text(20)
@@ -323,6 +448,7 @@ def test_masks_are_frozen(name, make_text):
     inside = (i % 20 != 0) & (i % 20 != 19)
     tags = 1 << (i * i + i // 7) % 17 | torch.where(i % 3 != 1, WORD_START, 0) | MASKABLE
     text.tags, text.tokens = torch.where(inside, tags, 0).int(), (10 + i).int()
+    text.scores = torch.stack([i * 7 % 5 * 50, i * 11 % 6 * 51], 1).to(torch.uint8)
     c = torch.arange(20)
     text.caption_key = torch.stack([c % 5 | 1 << 16, c * 40503, -c], 1).int()
     result = run(text, plan, seed=2024, epoch=3)
@@ -353,12 +479,90 @@ def test_wrong_plans_are_refused(changes, message):
         replace(NOUN, **changes)
 
 
-def test_unknown_backend(make_text):
-    text = make_text(2)
-    with pytest.raises(ValueError, match=r"'triton'.*'torch' is the only one built"):
-        mask_tokens(
-            text.tokens, text.tags, None, text.caption_starts, text.caption_key, NOUN, 0, 0, 128, backend="triton"
-        )
+def on_device(text, device):
+    return type(text)(**{field: value.to(device) for field, value in vars(text).items()})
+
+
+def assert_backends_agree(text, plan, capacity, device):
+    ours = run(on_device(text, device), plan, seed=2**32 - 5, capacity=capacity, backend="triton")
+    reference = run(text, plan, seed=2**32 - 5, capacity=capacity, backend="torch")
+    for mine, theirs in zip(ours, reference, strict=True):
+        assert mine.dtype == theirs.dtype and torch.equal(mine.cpu(), theirs)
+    return reference
+
+
+def bounded(plan, num_tokens):
+    """The plan for captions of at most `num_tokens`: the kernels' blocks follow."""
+    if isinstance(plan, MaskMix):
+        return replace(plan, plans=tuple(bounded(part, num_tokens) for part in plan.plans))
+    return replace(plan, max_caption_tokens=num_tokens)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU test runs the same kernels compiled")
+@pytest.mark.parametrize("name", PLANS)
+def test_triton_equals_the_reference_in_the_interpreter(name, make_text, poisoned_memory):
+    # 7 captions of 2 to 15 tokens: off every block's grid.
+    text, plan = make_text(7, seed=52, max_words=4), bounded(with_replacements(PLANS[name]), 18)
+    result = assert_backends_agree(text, plan, len(text.tokens) + 3, "cpu")
+    assert result.num_masked > 0
+    assert assert_backends_agree(text, plan, 1, "cpu").overflow == result.num_masked - 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU test runs the same kernels compiled")
+@pytest.mark.parametrize("name", ["random", "matched:many", "mix"])
+def test_triton_on_degenerate_batches(name, make_text, poisoned_memory):
+    plan, text = bounded(with_replacements(PLANS[name]), 18), make_text(3, seed=3, max_words=4)
+    every = MASKABLE | WORD_START | UPOS_MASK
+    shapes = {
+        "no candidate": ([0] * 9, [0, 4, 9]),
+        "all candidates": ([every] * 9, [0, 4, 9]),
+        "one token": ([every], [0, 1]),
+        "captions without tokens": ([every] * 2, [0, 1, 1, 2]),
+    }
+    for tags, starts in shapes.values():
+        case = type(text)(
+            tokens=text.tokens[: len(tags)], tags=torch.tensor(tags, dtype=torch.int32),
+            scores=text.scores[: len(tags)], caption_starts=torch.tensor(starts, dtype=torch.int32),
+            caption_key=text.caption_key[: len(starts) - 1],
+        )  # fmt: skip
+        assert_backends_agree(case, plan, 128, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PLANS)
+def test_triton_equals_the_reference_on_a_gpu(name, make_text):
+    plan = with_replacements(PLANS[name])
+    for num_captions in (1, 7, 1100):
+        text = make_text(num_captions, seed=num_captions)
+        for capacity in (1, 128, len(text.tokens) + 3):
+            assert_backends_agree(text, plan, capacity, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PLANS)
+def test_a_gpu_is_never_waited_for(name, make_text):
+    plan, text = with_replacements(PLANS[name]), on_device(make_text(300), "cuda")
+    weights = WEIGHTS.cuda()
+
+    def masked():
+        return mask_tokens(
+            text.tokens, text.tags, text.scores, text.caption_starts, text.caption_key, plan, 1, 2, 1024,
+            bit_weights=weights,
+        )  # fmt: skip
+
+    expected = masked()  # compiles, and copies constants to the device
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        masked()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = masked()
+    for tensor in result:
+        tensor.fill_(-7)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -366,7 +570,7 @@ def test_nothing_waits_for_the_device(name, make_text):
     # Meta tensors have shapes and no values: what would need a value (.item(), nonzero, a mask as index) raises.
     text = make_text(5)
     text = type(text)(**{field: value.to("meta") for field, value in vars(text).items()})
-    result = run(text, replace(PLANS[name], replace=BERT.replace, random_ranges=BERT.random_ranges), capacity=128)
+    result = run(text, with_replacements(PLANS[name]), capacity=128)
     assert [x.shape for x in result] == [text.tokens.shape, (128,), (128,), (), ()]
     with pytest.raises(RuntimeError):
         result.num_masked.item()

@@ -1,26 +1,36 @@
-"""Arms by name: what each masks on its own, what is refused and how, and how many rows a batch needs."""
+"""Masks by name: what a specification and its flags mean, and what is refused and how."""
 
 from __future__ import annotations
 
 import re
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from posmask.kernels.mask_plan import MaskMix
 from posmask.kernels.mask_tokens import mask_tokens
-from posmask.prep.pos import BITS, CONTENT_UPOS, MASKABLE, UPOS, UPOS_BIT, WORD_START, upos_bits
+from posmask.prep.pos import (
+    BITS,
+    CONTENT_UPOS,
+    FUNCTION_WORD,
+    MASKABLE,
+    PHRASE_START,
+    UPOS,
+    UPOS_BIT,
+    WORD_START,
+    upos_bits,
+)
 from posmask.train import masking
-from posmask.train.masking import arm_slug, capacity, list_masks, parse_mask, random_ranges
+from posmask.train.masking import arm_slug, list_masks, parse_mask, random_ranges
 
 TOKENIZER = {"mask_id": 4, "vocab_size": 1000, "never_drawn": [0, 1, 2, 3, 4, 100, 101]}
 ALL_BITS = tuple(BITS)
 
 
 def plan_of(spec, bits=ALL_BITS, **flags):
-    return parse_mask(spec, tokenizer=TOKENIZER, bits_computed=bits, **flags)
+    return parse_mask(spec, tokenizer=TOKENIZER, bits_computed=bits, **flags).at(0.0)
 
 
 def run(text, plan, rows):
@@ -51,6 +61,41 @@ def test_defaults_of_the_arms():
     assert random.random_ranges == ((5, 100), (102, 1000))
 
 
+def test_mixes_and_schedules():
+    masks = masking.parse_mask("noun@0.7+verb@0.3->random@0.5->adj@0.75", tokenizer=TOKENIZER, bits_computed=ALL_BITS)
+    mix = masks.at(0.0)
+    assert isinstance(mix, MaskMix) and mix.shares == (0.7, 0.3)
+    assert [part.candidates for part in mix.plans] == [UPOS_BIT["NOUN"], UPOS_BIT["VERB"]]
+    assert masks.at(0.4999) == mix and masks.policy == ""
+    assert masks.at(0.5) == masks.at(0.7499) == plan_of("random")
+    assert masks.at(0.75) == masks.at(0.999) == plan_of("adj")
+
+
+def test_decay():
+    decay = masking.parse_mask("decay:random", tokenizer=TOKENIZER, bits_computed=ALL_BITS)
+    rates = [decay.at(t).rate for t in (0.0, 0.5, 1.0)]
+    assert rates == pytest.approx([0.32, 0.17, 0.02])  # p(1 + cos(πt)) + 0.02 with p = 0.15
+    linear = masking.parse_mask("decay-linear:noun", tokenizer=TOKENIZER, bits_computed=ALL_BITS, rate=0.3)
+    assert (linear.at(0.0).amount, linear.at(0.0).candidates) == ("rate", UPOS_BIT["NOUN"])
+    assert [linear.at(t).rate for t in (0.0, 0.5, 0.75)] == pytest.approx([0.6, 0.3, 0.15])
+    assert masking.parse_mask("decay:noun", tokenizer=TOKENIZER, bits_computed=ALL_BITS, rate=0.9).at(0).rate == 1.0
+
+
+def test_when_empty_and_unit():
+    plan = plan_of("verb", when_empty="content", replace=(0.5, 0.0, 0.5))
+    fallback = plan.otherwise
+    assert (fallback.candidates, fallback.excluded, fallback.amount) == (MASKABLE, FUNCTION_WORD, "one")
+    assert plan_of("verb", when_empty="random").otherwise.amount == "budget"
+    assert plan_of("object", when_empty="random").otherwise == plan_of("object").otherwise, "an arm's own comes first"
+    assert plan_of("random", unit="phrase").unit_start == PHRASE_START
+    assert plan_of("noun", unit="piece").unit_start == 0
+
+
+def test_only_one_arm_may_learn():
+    masks = masking.parse_mask("random->weighted@0.5", tokenizer=TOKENIZER, bits_computed=ALL_BITS)
+    assert masks.policy == "loss"
+
+
 def test_flags_override_and_matched_takes_the_arms_settings():
     plan = plan_of("noun", amount="rate", rate=0.4, replace=[0.5, 0.25, 0.25], max_tokens=48)
     assert (plan.amount, plan.rate, plan.replace, plan.max_caption_tokens) == ("rate", 0.4, (0.5, 0.25, 0.25), 48)
@@ -64,13 +109,35 @@ def test_flags_override_and_matched_takes_the_arms_settings():
         (
             "nuon",
             {},
-            "'nuon' is unknown; choose from random, whole-word, adj, .* x, content, function, A,B, matched:ARM",
+            "'nuon' is unknown; choose from random, whole-word, adj, .* x, content, function, .*A,B, matched:ARM",
         ),
         ("NOUN", {}, "'NOUN' is unknown"),
         ("noun,", {}, "'' is unknown"),
-        ("matched:matched:noun", {}, "'matched:noun' is unknown"),
-        ("none", {}, "masked language modelling is the only objective"),
-        ("matched:none", {}, "masked language modelling is the only objective"),
+        ("matched:matched:noun", {}, "'matched:matched' is unknown before a colon; choose from random"),
+        ("twin:noun", {}, "'twin' is unknown before a colon"),
+        ("noun@0.5", {}, r"a mix has several arms, such as noun@0.5\+random@0.5"),
+        ("noun@0.5+verb", {}, "'verb' needs a share, such as verb@0.5"),
+        ("noun@half+verb@0.5", {}, "'noun@half' needs a share, such as noun@0.5"),
+        ("noun@0.5+verb@0.6", {}, r"shares \(0.5, 0.6\) of a mix must .* sum to 1"),
+        ("content-high@0.5+verb@0.5", {}, "an arm that is a mix itself cannot be in another"),
+        ("noun->verb", {}, "'verb' needs a share, such as verb@0.5"),
+        ("noun->verb@0.5->adj@0.5", {}, "the switch at 0.5 must come after 0.5 and before 1"),
+        ("noun->verb@1", {}, "the switch at 1 must come after 0 and before 1"),
+        ("decay:object", {}, "an arm that masks one unit a caption has no rate that could fall"),
+        ("shuffled:random", {}, "--mask shuffled:random: random does not go by tags"),
+        ("shuffled:concrete", {"scores": ("concreteness",)}, "concrete does not go by tags"),
+        ("span", {"unit": "piece"}, "--mask span contradicts --mask-unit piece; spans are made of words"),
+        ("noun", {"unit": "sentence"}, "--mask-unit sentence is unknown; choose one of piece, word, phrase"),
+        ("noun", {"when_empty": "cry"}, "--when-empty cry is unknown; choose one of skip, random, content"),
+        ("concrete", {}, "needs the score concreteness, which these shards lack; build them with --concreteness FILE"),
+        ("difference", {"scores": ("concreteness",)}, "needs the score difference, .* --frequencies FILE"),
+        ("entity", {"bits": ("maskable",)}, "--mask entity needs the bits phrase_start, which these shards lack"),
+        ("pmi", {"bits": ("maskable",)}, "--mask pmi needs the bits collocation_start, which"),
+        ("object", {"bits": ("maskable", "word_start")}, "--mask object needs the bits function_word, object, which"),
+        (
+            "noun", {"bits": ("maskable", "word_start", "upos"), "when_empty": "content"},
+            "needs the bits function_word",
+        ),
         ("noun,noun", {}, "names an arm twice"),
         ("noun,random", {}, "'random' does not mask all of its words"),
         ("whole-word,noun", {}, "'whole-word' does not mask all of its words"),
@@ -92,13 +159,14 @@ def test_mistakes_are_named(spec, flags, message):
 
 
 def test_registry():
-    listed = dict(list_masks())
-    assert list(listed)[-2:] == ["A,B", "matched:ARM"]
-    assert set(masking.ARMS) == {"random", "whole-word", "content", "function", *(tag.lower() for tag in UPOS)}
-    assert all(len(line) > 20 and "\n" not in line for line in listed.values())
+    listed = {name: line for name, _, line in list_masks()}
+    published = "random whole-word content function object content-high concrete difference span entity pmi weighted"
+    assert set(masking.ARMS) >= {*published.split(), *(tag.lower() for tag in UPOS)}
+    assert all(arm.source for arm in masking.ARMS.values())
+    assert all(len(line) > 15 and "\n" not in line for line in listed.values())
     assert "NOUN" in listed["noun"]
     with pytest.raises(ValueError, match="'noun' is registered twice"):
-        masking.register("noun")(masking.content)
+        masking.register("noun", "nobody")(masking.content)
 
 
 @pytest.mark.parametrize("spec", ["noun", "noun,propn", "matched:noun,propn", "whole-word", "a@0.5+b->c@0.5"])
@@ -113,60 +181,3 @@ def test_random_ranges_leave_out_exactly_what_is_never_drawn(vocab_size, never):
     ranges = random_ranges(vocab_size, never)
     assert [i for low, high in ranges for i in range(low, high)] == sorted(set(range(vocab_size)) - never)
     assert all(low < high for low, high in ranges)
-
-
-FIXED = [(arm, amount) for arm in ("content", "matched:content") for amount in ("all", "budget", "one")]
-FIXED += [("random", "budget"), ("random", "one"), ("whole-word", "budget"), ("matched:whole-word", "budget")]
-
-
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), num_captions=st.integers(1, 80), rate=st.floats(0.01, 1.0))
-@pytest.mark.parametrize(("spec", "amount"), FIXED)
-def test_capacity_never_overflows_where_tags_bound_the_count(make_text, spec, amount, seed, num_captions, rate):
-    text = make_text(num_captions, seed)
-    plan = plan_of(spec, amount=amount, rate=rate if amount == "budget" else None)
-    rows = capacity(plan, text.tags.numpy().astype(np.uint32), text.caption_starts.numpy())
-    result = run(text, plan, rows)
-    assert rows % 128 == 0 and rows >= 128 and result.overflow == 0
-    if amount in ("all", "budget") and "whole-word" not in spec:
-        assert rows == max(1, -(-int(result.num_masked) // 128)) * 128, "as small as it can be"
-
-
-@pytest.mark.parametrize("spec", ["random", "content", "matched:random"])
-@pytest.mark.parametrize("rate", [0.02, 0.15, 0.9, 1.0])
-def test_capacity_of_a_rate(spec, rate, make_text):
-    text = make_text(600, seed=5)
-    plan = plan_of(spec, amount="rate", rate=rate)
-    rows = capacity(plan, text.tags.numpy(), text.caption_starts.numpy())
-    counts = []
-    for seed in range(20):
-        key = text.caption_key
-        result = mask_tokens(text.tokens, text.tags, None, text.caption_starts, key, plan, seed, 0, rows)
-        assert result.overflow == 0
-        counts.append(result.num_masked.item())
-    available = ((text.tags & MASKABLE != 0) & (text.tags & plan.candidates != 0)).sum().item()
-    assert rows <= -(-available // 128) * 128
-    assert rows - max(counts) < 128 + 8 * max(1.0, float(np.std(counts))), "not wasteful"
-    assert abs(np.mean(counts) / (available * rate) - 1) < 0.15
-
-
-def test_capacity_in_numbers(make_text):
-    # 2,000 captions of one six-piece noun: with half of them masked the deviation is 6 · √(2000 / 4) = 134.2 pieces.
-    noun = MASKABLE | UPOS_BIT["NOUN"]
-    tags = np.array([0, noun | WORD_START, *[noun] * 5, 0] * 2000, np.uint32)
-    starts = np.arange(2001, dtype=np.int32) * 8
-    for rows, flags in (
-        (12_032, {}),
-        (6_912, {"amount": "rate", "rate": 0.5}),  # 6,000 + 6 · 134.2 = 6,805
-        (12_032, {"amount": "one"}),
-        (2_048, {"amount": "budget"}),  # max(1, round(.15 · 8)) = 1
-        (4_096, {"amount": "budget", "rate": 0.25}),
-    ):
-        assert capacity(plan_of("noun", **flags), tags, starts) == rows
-        assert capacity(plan_of("matched:noun", **flags), tags, starts) == rows
-
-
-def test_capacity_of_an_empty_choice(make_text):
-    text = make_text(3, max_words=0)
-    for spec in ("noun", "random", "whole-word"):
-        assert capacity(plan_of(spec), text.tags.numpy(), text.caption_starts.numpy()) == 128

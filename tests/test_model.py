@@ -1,13 +1,16 @@
 """The model against Hugging Face's BERT and open_clip's ResNet, and what may not leak between captions."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
+from posmask.kernels.mask_tokens import MaskedTokens
 from posmask.train.config import PRESETS
 from posmask.train.model import BatchNorm2d, Packing, PosMaskModel
 from posmask.train.weights import load_image_weights, load_text_weights
@@ -51,10 +54,24 @@ def test_packed_text_equals_bert_on_padded_text(model, tmp_path):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
         # Layers 2 and 3 are the fusion encoder's; without an image they are BERT's own.
         for layer in model.fusion:
-            ours = layer(ours, packing)
+            ours = layer(ours, packing.within_captions)
         theirs = torch.cat([hidden[4][i, :length] for i, length in enumerate(LENGTHS)])
         torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=1e-4)
         torch.testing.assert_close(model.logits(ours), bert.cls(theirs), atol=2e-4, rtol=1e-4)
+    # In float64, where nothing but the algebra is left: the gradients too.
+    model.double(), bert.double()
+    theirs = bert.bert.embeddings
+    positions = theirs.position_embeddings.weight + theirs.token_type_embeddings.weight[0]  # loading rounded the sum
+    model.embeddings.position_embeddings.weight.data.copy_(positions.detach())
+    hidden = bert.bert(padded, attention_mask=valid, output_hidden_states=True).hidden_states[2]
+    weight = torch.randn(len(tokens), 32, dtype=torch.float64)
+    (torch.cat([hidden[i, :length] for i, length in enumerate(LENGTHS)]) * weight).sum().backward()
+    (model.encode_text(tokens, packing) * weight).sum().backward()
+    theirs = dict(bert.bert.encoder.named_parameters())
+    for name, param in model.text.named_parameters():
+        torch.testing.assert_close(param.grad, theirs[f"layer.{name}"].grad, atol=1e-10, rtol=1e-8)
+    words = bert.bert.embeddings.word_embeddings.weight.grad
+    torch.testing.assert_close(model.embeddings.word_embeddings.weight.grad, words, atol=1e-10, rtol=1e-8)
 
 
 def test_image_trunk_equals_open_clip(model, tmp_path):
@@ -110,6 +127,69 @@ def test_a_caption_sees_itself_and_its_image_alone(model):
     with torch.no_grad():
         alone = model.fuse(model.encode_text(tokens[6:15], one), one, images[2:], torch.zeros(1, dtype=torch.int32))
     torch.testing.assert_close(alone, base[2], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [[0, 2, 3, 6, 14, 17], [7], list(range(18))], ids=["some", "one", "all"])
+@pytest.mark.parametrize("spare", [0, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_last_layer_on_masked_rows_equals_the_dense_one(model, rows, spare, dtype):
+    """Values and every gradient; captions share images, and some have no masked row."""
+    model.to(dtype)
+    tokens, _, packing = packed()
+    images = torch.randn(3, CONFIG.num_image_tokens, 32, dtype=dtype, requires_grad=True)
+    caption_image = torch.tensor([0, 1, 2, 1], dtype=torch.int32)
+    index = torch.tensor(rows + [0] * spare, dtype=torch.int32)
+    live = torch.arange(len(index)) < len(rows)
+    weight = torch.randn(len(rows), 32, dtype=dtype)
+
+    def run(make):
+        model.zero_grad()
+        images.grad = None
+        hidden = make(model.encode_text(tokens, packing))[: len(rows)]
+        (hidden * weight).sum().backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return hidden.detach(), grads | {"images": images.grad}
+
+    dense, dense_grads = run(lambda text: model.fuse(text, packing, images, caption_image)[index])
+    sparse, sparse_grads = run(lambda text: model.fuse(text, packing, images, caption_image, index, live))
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(sparse, dense, atol=100 * eps, rtol=100 * eps)
+    assert dense_grads.keys() == sparse_grads.keys() and len(dense_grads) > 60
+    for name, grad in dense_grads.items():
+        scale = float(grad.abs().max())
+        torch.testing.assert_close(sparse_grads[name], grad, atol=200 * eps * (1 + scale), rtol=0, msg=name)
+
+
+def test_a_step_equals_the_dense_computation(model):
+    """The loss and its gradients, when the model takes the masked rows alone, against all rows and plain torch."""
+    model.image = nn.Identity()  # BatchNorm knows no float64
+    model.double()
+    tokens, starts, packing = packed()
+    batch = SimpleNamespace(
+        tokens=tokens, caption_starts=starts, caption_image=torch.tensor([0, 1, 2, 1], dtype=torch.int32),
+        images=torch.randn(3, CONFIG.num_image_tokens, 32, dtype=torch.float64),
+        max_caption_tokens=9, max_image_tokens=9,
+    )  # fmt: skip
+    rows = torch.tensor([1, 4, 9, 11])
+    for num_masked in (4, 0):
+        targets = torch.full((128,), -100, dtype=torch.int32)
+        index = torch.zeros(128, dtype=torch.int32)
+        targets[:num_masked], index[:num_masked] = tokens[rows][:num_masked], rows[:num_masked].int()
+        masked = MaskedTokens(tokens, index, targets, torch.tensor(num_masked, dtype=torch.int32), torch.zeros(()))
+        model.zero_grad()
+        loss = model(batch, masked, None).loss_sum
+        loss.backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        hidden = model.fuse(model.encode_text(tokens, packing), packing, batch.images, batch.caption_image)
+        truth = F.cross_entropy(model.logits(hidden)[index], targets.long(), ignore_index=-100, reduction="sum")
+        truth.backward()
+        torch.testing.assert_close(loss, truth, atol=1e-10, rtol=1e-10)
+        for name, param in model.named_parameters():
+            if name in grads:
+                torch.testing.assert_close(grads[name], param.grad, atol=1e-10, rtol=1e-8, msg=name)
+            else:
+                assert param.grad is None or not param.grad.any()
 
 
 def test_batch_norm_keeps_fp32_statistics_under_bf16():

@@ -20,7 +20,8 @@ ALLOWED = {
     "kernels": {"posmask.kernels"},
     "prep": {"posmask.prep"},
     "train": TRAINING,
-    "eval": TRAINING | {"posmask.eval"},
+    # What prepared the training data prepares the photos and texts of a benchmark: alike, and without spaCy.
+    "eval": TRAINING | {"posmask.eval", "posmask.prep.images", "posmask.prep.wordpiece"},
 }
 ALLOWED_LAZILY = {"eval": {"posmask.prep.tagging"}}
 # A script's own folder comes first on its path, so such a file would replace the package for everybody it imports.

@@ -98,16 +98,16 @@ def test_sigterm_saves_and_the_same_command_continues(scenes, tmp_path, monkeypa
     """The signal arrives in step 2; the run stops at its end, with a checkpoint of it."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert pretrain.main(flags(scenes, whole)) == 0
-    masked_lm = pretrain.masked_lm
+    all_losses = pretrain.all_losses
     calls = []
 
     def interrupted(*args):
         calls.append(1)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return masked_lm(*args)
+        return all_losses(*args)
 
-    monkeypatch.setattr(pretrain, "masked_lm", interrupted)
+    monkeypatch.setattr(pretrain, "all_losses", interrupted)
     assert pretrain.main(flags(scenes, stopped)) == 0
     assert "stopped by SIGTERM" in capsys.readouterr().out
     assert [step for step, _ in checkpoints(stopped)] == [2]

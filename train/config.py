@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from posmask.train.masking import arm_slug
+from posmask.kernels.mask_plan import AMOUNTS
+from posmask.train.masking import UNITS, WHEN_EMPTY, arm_slug
 
 # open_clip's RN50 was trained with these; they are also what "blank" is measured against (zeros after normalisation).
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -38,6 +39,7 @@ class ModelConfig:
     num_fusion_layers: int
     max_positions: int
     vocab_size: int = 0
+    objectives: tuple[str, ...] = ("mlm",)  # decides which heads there are beside the MLM head
     image_mean: tuple[float, ...] = IMAGE_MEAN
     image_std: tuple[float, ...] = IMAGE_STD
 
@@ -65,6 +67,11 @@ class ModelConfig:
         return ModelConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
 
 
+OBJECTIVES = {
+    "mlm": "masked language modelling",
+    "itm": "image-text matching against a hard negative of the batch",
+    "itc": "image-text contrast within the batch",
+}
 PRESETS = {
     # RN50 and BERT-base: layers 0-5 of bert-base-uncased are the text encoder, 6-11 the fusion encoder.
     "base": ModelConfig("base", 224, (3, 4, 6, 3), 64, 768, 12, 6, 6, max_positions=512),
@@ -81,6 +88,7 @@ class RunConfig:
     """Settings of one pre-training run, as in `config.json`. Counts are global over all ranks."""
 
     mask: str
+    objectives: tuple[str, ...]
     data: tuple[str, ...]
     val: str | None
     out: str
@@ -89,6 +97,7 @@ class RunConfig:
     batch_size: int  # images a step, over all ranks
     micro_batch_size: int | None  # images a forward on one rank; None: the whole share of a rank
     captions_per_image: int
+    maskings_per_caption: int
     lr: float
     warmup_steps: int
     weight_decay: float
@@ -98,7 +107,9 @@ class RunConfig:
     zero_stage: int
     mask_amount: str | None
     mask_rate: float | None
+    mask_unit: str | None
     replace: tuple[float, float, float] | None
+    when_empty: str
     blank_rate: float
     crop_scale: tuple[float, float]
     checkpoint_every: int
@@ -109,16 +120,19 @@ class RunConfig:
     log_every: int
     resume: str
     decode: str
+    on_bad_sample: str
     text_weights: str | None
     image_weights: str | None
     deepspeed_config: str | None
     wandb: bool
 
     def __post_init__(self) -> None:
-        for flag in ("steps", "batch_size", "captions_per_image", "log_every", "keep_checkpoints"):
+        counts = ("steps", "batch_size", "captions_per_image", "maskings_per_caption", "log_every", "keep_checkpoints")
+        for flag in counts:
             _require(getattr(self, flag) >= 1, flag, getattr(self, flag), "at least 1")
         for flag in ("warmup_steps", "checkpoint_every", "eval_every", "snapshots", "weight_decay", "grad_clip"):
             _require(getattr(self, flag) >= 0, flag, getattr(self, flag), "0 (off) or more")
+        check_objectives(self.objectives, self.mask)
         _require(self.eval_images >= 1, "eval_images", self.eval_images, "at least 1")
         _require(self.lr > 0, "lr", self.lr, "above 0")
         _require(0 <= self.blank_rate <= 1, "blank_rate", self.blank_rate, "within 0..1")
@@ -164,6 +178,22 @@ class RunConfig:
         ]
 
 
+def check_objectives(objectives: tuple[str, ...], mask: str) -> None:
+    """Raises ValueError for objectives that are unknown, or that leave nothing to learn with this --mask."""
+    given = f"--objectives {','.join(objectives)}"
+    if unknown := [name for name in objectives if name not in OBJECTIVES]:
+        raise ValueError(f"{given}: {unknown[0]!r} is unknown, choose from {', '.join(OBJECTIVES)}")
+    if len(set(objectives)) < len(objectives):
+        raise ValueError(f"{given}: names an objective twice")
+    if mask == "none" and not set(objectives) - {"mlm"}:
+        raise ValueError(
+            "--mask none leaves nothing to learn while masked language modelling is the only objective; choose an arm, "
+            "or add an objective: --objectives mlm,itm"
+        )
+    if mask != "none" and "mlm" not in objectives:
+        raise ValueError(f"{given} masks nothing, which contradicts --mask {mask}: add mlm, or say --mask none")
+
+
 def learning_rate(config: RunConfig, step: int) -> float:
     """Linear warm-up, then a cosine to a tenth of --lr at the last step."""
     if step < config.warmup_steps:
@@ -194,13 +224,23 @@ def parse_args(argv: list[str] | None, has_gpu: bool) -> RunConfig:
     data.add_argument("--data", action="append", help="folder of training shards; may be repeated (data/scenes/train)")
     data.add_argument("--val", help="folder of validation shards (the folder `val` beside the first --data)")
     data.add_argument("--captions-per-image", type=int, default=1, help="captions drawn for each image of a step")
+    data.add_argument("--maskings-per-caption", type=int, default=1, help="times that a step masks each caption anew")
     data.add_argument("--blank-rate", type=float, default=0.1, help="share of samples shown with a blank image")
     data.add_argument("--crop-scale", type=_floats(2), default=(0.9, 1.0), help="area of the random crop: LOW,HIGH")
-    data.add_argument("--decode", choices=("auto", "dali", "cpu"), default="auto", help="what decodes the images")
+    data.add_argument("--decode", choices=("auto", "dali", "cpu"), default="auto",
+                      help="what decodes the images (auto: DALI on a GPU, torchvision on a CPU)")
+    data.add_argument("--on-bad-sample", choices=("stop", "skip"), default="stop",
+                      help="whether an image that cannot be decoded ends the run or is left out, named and counted")
+
+    objectives = "; ".join(f"{name}: {text}" for name, text in OBJECTIVES.items())
+    parser.add_argument("--objectives", type=_names, default=("mlm",), help=f"comma list; {objectives}")
 
     mask = parser.add_argument_group("masking (defaults: those of the arm)")
-    mask.add_argument("--mask-amount", choices=("all", "rate", "budget", "one"), help="how many candidates are masked")
+    mask.add_argument("--mask-amount", choices=AMOUNTS, help="how many candidates are masked")
     mask.add_argument("--mask-rate", type=float, help="share of candidates (rate) or of the caption (budget)")
+    mask.add_argument("--mask-unit", choices=tuple(UNITS), help="what is masked as a whole")
+    mask.add_argument("--when-empty", choices=WHEN_EMPTY, default="skip", help="captions without a candidate: "
+                      "skip them, mask 15 %% of any pieces, or one content word")
     mask.add_argument("--replace", type=_floats(3), help="shares of [MASK], random word, kept: M,R,K")
 
     train = parser.add_argument_group("training")
@@ -261,9 +301,13 @@ class _ListMasks(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         from posmask.train.masking import list_masks
 
-        for name, line in list_masks():
-            print(f"{name:<12} {line}")
+        for name, source, line in list_masks():
+            print(f"{name:<16} {line}" + (f"  ({source})" if source else ""))
         parser.exit(0)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
 
 
 def _floats(count: int):

@@ -1,26 +1,34 @@
-"""JPEG bytes to square uint8 images: DALI (on the GPU where there is one), or Pillow on the CPU.
+"""JPEG bytes to square uint8 images: DALI on a GPU, torchvision on a CPU, either on demand.
 
 Both take the crop of each sample as shares of the image, so that it follows the sample and not a generator's state.
-The two decoders differ by a few grey levels; a run uses one of them throughout.
+They differ by a few grey levels; a run uses one of them throughout. On a CPU torchvision is the faster one, Pillow the
+slowest (benchmarks/bench_loader.py).
 """
 
 from __future__ import annotations
 
 import importlib.util
-import io
 import logging
 from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
 
 log = logging.getLogger("posmask")
 
 
 class UndecodableImage(ValueError):
-    """A sample whose image no decoder reads; the message names it."""
+    """A sample whose image the decoder does not read; the message names it, `index` is its place in the batch."""
+
+    def __init__(self, key: str, index: int):
+        super().__init__(
+            f"the image of sample {key!r} cannot be decoded; build the shards again, or leave it out with "
+            "--on-bad-sample skip"
+        )
+        self.key, self.index = key, index
 
 
 class Decoder(Protocol):
@@ -31,20 +39,27 @@ class Decoder(Protocol):
 
 
 def make_decoder(decode: str, image_size: int, max_images: int, device: torch.device) -> Decoder:
-    """`decode` is auto (DALI if it is installed, and says so if not), dali or cpu."""
-    if decode == "auto" and importlib.util.find_spec("nvidia.dali") is None:
-        log.warning("--decode auto: nvidia-dali is not installed, decoding with Pillow on the CPU")
+    """`decode` is dali, cpu, or auto: DALI on a GPU (where it is not installed, cpu with a warning), else cpu."""
+    if decode == "auto" and device.type == "cuda" and importlib.util.find_spec("nvidia.dali") is None:
+        log.warning("--decode auto: nvidia-dali is not installed, decoding with torchvision on the CPU")
         decode = "cpu"
-    return CpuDecoder(image_size, device) if decode == "cpu" else DaliDecoder(image_size, max_images, device)
+    if decode == "dali" or (decode == "auto" and device.type == "cuda"):
+        return DaliDecoder(image_size, max_images, device)
+    return CpuDecoder(image_size, device)
 
 
 class DaliDecoder:
     """DALI's decoder, crop and antialiased resize; `mixed` on a GPU, CPU operators without one."""
 
     def __init__(self, image_size: int, max_images: int, device: torch.device, num_threads: int = 2):
+        self.device, self.image_size, self.max_images, self.num_threads = device, image_size, max_images, num_threads
+        self.on_gpu = device.type == "cuda"
+        self._build()
+
+    def _build(self) -> None:
         from nvidia.dali import fn, pipeline_def, types
 
-        @pipeline_def(batch_size=max_images, num_threads=num_threads, prefetch_queue_depth=1)
+        @pipeline_def(batch_size=self.max_images, num_threads=self.num_threads, prefetch_queue_depth=1)
         def decode(where: str):
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
             anchor = fn.external_source(name="anchor", dtype=types.FLOAT, ndim=1)
@@ -53,12 +68,10 @@ class DaliDecoder:
                 encoded, anchor, shape, device=where, axis_names="WH", output_type=types.RGB,
                 normalized_anchor=True, normalized_shape=True,
             )  # fmt: skip
-            return fn.resize(image, size=[image_size, image_size], antialias=True, interp_type=types.INTERP_LINEAR)
+            return fn.resize(image, size=[self.image_size] * 2, antialias=True, interp_type=types.INTERP_LINEAR)
 
-        self.device = device
-        self.image_size = image_size
-        self.on_gpu = device.type == "cuda"
-        self.pipeline = decode("mixed" if self.on_gpu else "cpu", device_id=device.index if self.on_gpu else None)
+        on = "mixed" if self.on_gpu else "cpu"
+        self.pipeline = decode(on, device_id=self.device.index if self.on_gpu else None)
         self.pipeline.build()
 
     def __call__(self, encoded: list[np.ndarray], anchors: np.ndarray, shapes: np.ndarray, keys: list[str]) -> Tensor:
@@ -68,7 +81,11 @@ class DaliDecoder:
         try:
             (images,) = self.pipeline.run()
         except RuntimeError as error:
-            raise _name_undecodable(encoded, keys, error) from error
+            self._build()  # DALI calls a pipeline that has failed no longer valid
+            if len(encoded) == 1:
+                raise UndecodableImage(keys[0], 0) from error
+            self._find_undecodable(encoded, keys)
+            raise
         # DALI owns its output until the next run, so it is copied out; on a GPU, on the current stream.
         if self.on_gpu:
             from nvidia.dali.plugin.pytorch import feed_ndarray
@@ -79,8 +96,17 @@ class DaliDecoder:
         return torch.from_numpy(np.array(images.as_tensor()))
 
 
+    def _find_undecodable(self, encoded: list[np.ndarray], keys: list[str]) -> None:
+        """DALI fails a whole batch: raises UndecodableImage for the first that fails alone."""
+        for index, (data, key) in enumerate(zip(encoded, keys, strict=True)):
+            try:
+                self([data], np.zeros((1, 2), np.float32), np.ones((1, 2), np.float32), [key])
+            except UndecodableImage as error:
+                raise UndecodableImage(key, index) from error
+
+
 class CpuDecoder:
-    """Pillow, one sample after the other; its resize antialiases and takes a fractional crop."""
+    """torchvision, one sample after the other: libjpeg-turbo, and torch's antialiased resize of uint8."""
 
     def __init__(self, image_size: int, device: torch.device):
         self.image_size = image_size
@@ -88,26 +114,17 @@ class CpuDecoder:
 
     def __call__(self, encoded: list[np.ndarray], anchors: np.ndarray, shapes: np.ndarray, keys: list[str]) -> Tensor:
         size = (self.image_size, self.image_size)
-        images = []
-        for data, (x, y), (w, h), key in zip(encoded, anchors, shapes, keys, strict=True):
-            image = _open(data, key)
-            box = (x * image.width, y * image.height, min(1, x + w) * image.width, min(1, y + h) * image.height)
-            images.append(np.asarray(image.resize(size, Image.Resampling.BILINEAR, box=tuple(map(float, box)))))
-        return torch.from_numpy(np.stack(images)).to(self.device)
-
-
-def _open(data: np.ndarray, key: str) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except (OSError, SyntaxError) as error:  # Pillow says SyntaxError of a broken header
-        raise UndecodableImage(f"the image of sample {key!r} cannot be decoded; build the shards again") from error
-
-
-def _name_undecodable(encoded: list[np.ndarray], keys: list[str], error: RuntimeError) -> Exception:
-    """DALI fails a whole batch: find the sample, so that the user can remove it."""
-    for data, key in zip(encoded, keys, strict=True):
-        try:
-            _open(data, key)
-        except UndecodableImage as named:
-            return named
-    return error
+        pixels = torch.empty(len(encoded), *size, 3, dtype=torch.uint8)
+        # Python's numbers: numpy's cost more than the decoding of a small image.
+        crops = zip(anchors.tolist(), shapes.tolist(), strict=True)
+        for index, (data, ((x, y), (w, h))) in enumerate(zip(encoded, crops, strict=True)):
+            try:
+                image = decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB)  # (3, h, w), channels last in memory
+            except RuntimeError as error:
+                raise UndecodableImage(keys[index], index) from error
+            height, width = image.shape[1:]
+            left, right = round(x * width), round((x + w) * width)
+            top, bottom = round(y * height), round((y + h) * height)
+            image = image[None, :, top : max(bottom, top + 1), left : max(right, left + 1)]
+            pixels[index] = F.interpolate(image, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+        return pixels.to(self.device)

@@ -8,10 +8,12 @@ The place in the data is therefore one number, the step, and needs no state of i
 from __future__ import annotations
 
 import json
+import logging
 import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +24,14 @@ from torch import Tensor
 
 from posmask.kernels import philox
 from posmask.prep.shards import Manifest
-from posmask.train.decode import make_decoder
+from posmask.train.decode import UndecodableImage, make_decoder
+
+log = logging.getLogger("posmask")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B images with C captions of T tokens in all; S score columns."""
+    """B images with C captions of T tokens in all, a caption that is masked R times standing R times; S scores."""
 
     tokens: Tensor  # (T,) int32
     tags: Tensor  # (T,) int32, bits of posmask.prep.pos
@@ -40,6 +44,8 @@ class Batch:
     host_tags: np.ndarray  # (T,) uint32, on the host: fixes the capacity of the masked rows
     host_caption_starts: np.ndarray  # (C+1,) int32, on the host
     max_caption_tokens: int
+    max_image_tokens: int  # most text tokens of one image
+    num_bad_samples: int  # left out because their image could not be decoded
     epoch: int
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
@@ -103,25 +109,41 @@ class View:
     captions_per_image: int | None = None  # None: all of them
     blank_rate: float = 0.0
     crop_scale: tuple[float, float] = (1.0, 1.0)
+    maskings_per_caption: int = 1  # each caption stands in a batch that often, every time with masks of its own
 
 
 class Collator:
     """Turns samples into a `Batch` on the CPU (or, images decoded there, on the GPU)."""
 
-    def __init__(self, view: View, num_scores: int, max_images: int, decode: str, device: torch.device):
+    def __init__(
+        self, view: View, num_scores: int, max_images: int, decode: str, device: torch.device,
+        on_bad_sample: str = "stop",
+    ):  # fmt: skip
+        """on_bad_sample: stop (UndecodableImage), or skip a sample whose image cannot be decoded.
+
+        A skipped sample leaves its batch with all its captions, so what is learned from the others stays as it was and
+        the step's count of masked tokens, over which the loss is averaged, has those that are there. It is decided by
+        the sample alone, hence the same on any number of ranks.
+        """
+        assert on_bad_sample in ("stop", "skip")
         self.view = view
+        self.skips_bad_samples = on_bad_sample == "skip"
+        self.named: set[str] = set()  # bad samples that stderr has named
         self.num_scores = num_scores
         self.decoder = make_decoder(decode, view.image_size, max_images, device)
-        self.mean = torch.tensor(view.image_mean, device=device).view(1, 3, 1, 1) * 255
-        self.std = torch.tensor(view.image_std, device=device).view(1, 3, 1, 1) * 255
+        # (S * 3,), a row of pixels: broadcast over the three channels alone, nothing would be vectorised.
+        mean, std = (torch.tensor(x, device=device).repeat(view.image_size) for x in (view.image_mean, view.image_std))
+        self.scale, self.shift = 1 / (255 * std), -mean / std
 
     def __call__(self, samples: list[dict], epoch: int) -> Batch:
+        num_given = len(samples)
+        samples, images = self._images(samples, epoch)
         ids = np.array([sample["id"] for sample in samples], np.uint64)
-        tokens, tags, scores, lengths, caption_image, captions = [], [], [], [], [], []
+        tokens, tags, scores, lengths, caption_image, caption_words = [], [], [], [], [], []
         chosen = self._draw_captions(samples, ids, epoch)
         for i, sample in enumerate(samples):
             starts = np.concatenate([[0], np.cumsum(sample["caption_lengths"], dtype=np.int64)])
-            for caption in chosen[i]:
+            for caption, masking in product(chosen[i], range(self.view.maskings_per_caption)):
                 span = slice(starts[caption], starts[caption + 1])
                 tokens.append(sample["tokens"][span])
                 tags.append(sample["tags"][span])
@@ -129,7 +151,7 @@ class Collator:
                     scores.append(sample["scores"][span])
                 lengths.append(span.stop - span.start)
                 caption_image.append(i)
-                captions.append(caption)
+                caption_words.append(caption | masking << 16)
         caption_starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         host_tags = np.concatenate(tags)
         num_tokens = len(host_tags)
@@ -141,12 +163,14 @@ class Collator:
             ),
             caption_starts=torch.from_numpy(caption_starts),
             caption_image=torch.tensor(caption_image, dtype=torch.int32),
-            caption_key=caption_keys(ids[caption_image], np.array(captions)),
-            images=self._images(samples, ids, epoch),
+            caption_key=caption_keys(ids[caption_image], np.array(caption_words)),
+            images=images,
             sample_ids=ids,
             host_tags=host_tags,
             host_caption_starts=caption_starts,
-            max_caption_tokens=max(lengths),
+            max_caption_tokens=int(max(lengths)),
+            max_image_tokens=int(np.bincount(caption_image, lengths).max()),
+            num_bad_samples=num_given - len(samples),
             epoch=epoch,
         )
 
@@ -161,17 +185,28 @@ class Collator:
         runs = np.split(race, np.cumsum(counts)[:-1])
         return [sorted(np.argsort(run, kind="stable")[:k].tolist()) for run in runs]
 
-    def _images(self, samples: list[dict], ids: np.ndarray, epoch: int) -> Tensor:
-        encoded = [np.frombuffer(sample["image"], np.uint8) for sample in samples]
-        anchors, shapes = self._crops(ids, epoch)
-        pixels = self.decoder(encoded, anchors, shapes, [sample["key"] for sample in samples])  # (B, H, W, 3) uint8
-        images = pixels.permute(0, 3, 1, 2).float()  # the permutation is what makes it channels-last
-        images = images.sub_(self.mean).div_(self.std)
+    def _images(self, samples: list[dict], epoch: int) -> tuple[list[dict], Tensor]:
+        """The samples whose image could be decoded, and their images."""
+        samples, pixels = list(samples), None
+        while pixels is None:
+            ids = np.array([sample["id"] for sample in samples], np.uint64)
+            encoded = [np.array(memoryview(sample["image"])) for sample in samples]  # a copy: torch wants it writable
+            try:
+                pixels = self.decoder(encoded, *self._crops(ids, epoch), [sample["key"] for sample in samples])
+            except UndecodableImage as error:
+                if not self.skips_bad_samples or len(samples) == 1:
+                    raise
+                if error.key not in self.named:
+                    self.named.add(error.key)
+                    log.warning("--on-bad-sample skip: the image of sample %r cannot be decoded", error.key)
+                del samples[error.index]
+        images = pixels.flatten(2).float().mul_(self.scale).add_(self.shift)
+        images = images.view(pixels.shape).permute(0, 3, 1, 2)  # the permutation is what makes it channels-last
         if self.view.blank_rate > 0:
             draw = _draw(philox.IMAGE, ids, np.zeros(len(ids), np.int64), self.view.seed, epoch)[:, 0]
             blank = torch.from_numpy(draw < round(self.view.blank_rate * 2**32)).to(images.device)
             images.masked_fill_(blank.view(-1, 1, 1, 1), 0.0)
-        return images
+        return samples, images
 
     def _crops(self, ids: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Anchors and shapes (B, 2) fp32 as (width, height) shares of the image.
@@ -190,12 +225,12 @@ class Collator:
         return anchors.astype(np.float32), shapes.astype(np.float32)
 
 
-def caption_keys(ids: np.ndarray, captions: np.ndarray) -> Tensor:
-    """(C, 3) int32 bit patterns that name each caption in the counter: its index in the sample, id's low and high word.
+def caption_keys(ids: np.ndarray, caption_words: np.ndarray) -> Tensor:
+    """(C, 3) int32 bit patterns that name each caption in the counter: which one it is, id's low and high word.
 
-    ids (C,) uint64; captions (C,) integers below 2^16.
+    ids (C,) uint64; caption_words (C,) integers, index in the sample | masking << 16.
     """
-    words = [captions, ids & np.uint64(philox.U32), ids >> np.uint64(32)]
+    words = [caption_words, ids & np.uint64(philox.U32), ids >> np.uint64(32)]
     return torch.from_numpy(np.stack([word.astype(np.uint32) for word in words], 1).view(np.int32))
 
 

@@ -19,8 +19,10 @@ from posmask.kernels.masked_lm_loss import NUM_BINS, MaskedLMLoss
 from posmask.prep.pos import UPOS
 from posmask.train.engine import World
 from posmask.train.loader import Batch
+from posmask.train.model import MatchLoss
+from posmask.train.objectives import Losses
 
-COUNTERS = ("images", "captions", "tokens", "masked_tokens")
+COUNTERS = ("images", "captions", "tokens", "masked_tokens", "bad_samples")
 
 
 class LossSums:
@@ -48,14 +50,36 @@ class LossSums:
         return {"loss": loss[NUM_BINS] / masked if masked else None, "masked": masked, "pos": pos}
 
 
+class MatchSums:
+    """Loss, hits and counts of itm and itc, summed on the device over steps, ranks and batches."""
+
+    NAMES = ("itm", "itc")
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(len(self.NAMES), 3, dtype=torch.float64, device=device)
+
+    def add(self, *losses: MatchLoss | None) -> None:
+        for row, of_one in zip(self.sums, losses, strict=True):
+            if of_one is not None:
+                row += torch.stack([value.detach() for value in of_one]).double()
+
+    def reduce(self, world: World) -> dict:
+        """{"itm": {"loss", "accuracy"}} of those that were added, over all ranks, then starts again from zero."""
+        sums = world.sum(self.sums).cpu().tolist()
+        self.sums.zero_()
+        parts = zip(self.NAMES, sums, strict=True)
+        return {name: {"loss": loss / count, "accuracy": hits / count} for name, (loss, hits, count) in parts if count}
+
+
 class Window:
     """The steps since the last log line: what they did, how long they took and how long they waited for data."""
 
     def __init__(self, world: World):
         self.world = world
         self.losses = LossSums(world.device)
+        self.matches = MatchSums(world.device)
         self.overflow = torch.zeros((), dtype=torch.float64, device=world.device)
-        self.done = dict.fromkeys(("images", "captions", "tokens"), 0)
+        self.done = dict.fromkeys((name for name in COUNTERS if name != "masked_tokens"), 0)
         self.total_s = self.wait_s = 0.0
         self.since_s = time.monotonic()
 
@@ -72,12 +96,14 @@ class Window:
         yield
         self.wait_s += time.monotonic() - since_s
 
-    def add(self, batch: Batch, masked: MaskedTokens, losses: MaskedLMLoss) -> None:
-        self.losses.add(losses)
+    def add(self, batch: Batch, masked: MaskedTokens, losses: Losses) -> None:
+        self.losses.add(losses.mlm)
+        self.matches.add(losses.itm, losses.itc)
         self.overflow += masked.overflow
         self.done["images"] += len(batch.sample_ids)
         self.done["captions"] += batch.caption_image.numel()
         self.done["tokens"] += batch.tokens.numel()
+        self.done["bad_samples"] += batch.num_bad_samples
 
     def _stop_clock(self) -> None:
         now_s = time.monotonic()
@@ -85,13 +111,14 @@ class Window:
 
     def close(self, stop_requested: bool) -> tuple[dict, dict, bool]:
         """(values of the log line, counts to add to the totals, whether any rank was asked to stop); starts afresh."""
-        values = self.losses.reduce(self.world)
+        values = self.losses.reduce(self.world) | self.matches.reduce(self.world)
         sums = torch.tensor([*self.done.values(), stop_requested], dtype=torch.float64, device=self.world.device)
         *counts, stopping, dropped = self.world.sum(torch.cat([sums, self.overflow[None]])).tolist()
         assert dropped == 0, f"{dropped:.0f} masked tokens did not fit their static capacity"
         totals = dict(zip(self.done, map(int, counts), strict=True)) | {"masked_tokens": values.pop("masked")}
         self._stop_clock()
-        values |= {f"{name}_per_s": round(count / self.total_s, 1) for name, count in totals.items()}
+        rates = (item for item in totals.items() if item[0] != "bad_samples")
+        values |= {f"{name}_per_s": round(count / self.total_s, 1) for name, count in rates}
         values["data_wait_share"] = round(self.wait_s / self.total_s, 4)
         self.done = dict.fromkeys(self.done, 0)
         self.total_s = self.wait_s = 0.0
@@ -170,6 +197,9 @@ def describe(values: dict) -> str:
     top = sorted(values["pos"].items(), key=lambda item: -item[1]["tokens"])[:3]
     parts = " ".join(f"{name} {value['loss']:.2f}" for name, value in top)
     loss = "none" if values["loss"] is None else f"{values['loss']:.3f}"
+    for name in MatchSums.NAMES:
+        if name in values:
+            parts += f" {name} {values[name]['loss']:.3f} {values[name]['accuracy']:.0%}"
     rates = f"{values['images_per_s']:.0f} images/s {values['tokens_per_s']:.0f} tokens/s"
     return f"loss {loss} ({parts}) {rates} waiting {values['data_wait_share']:.0%}"
 

@@ -10,6 +10,8 @@ layers are the text encoder, the next ones the fusion encoder (the split of ALBE
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 
 from posmask.kernels.masked_lm_loss import MaskedLMLoss, masked_lm_loss
+from posmask.train.attention import Ragged
 from posmask.train.config import ModelConfig
 
 
@@ -54,35 +57,29 @@ class ImageEncoder(nn.Module):
         return self.norm(tokens + self.position.weight)
 
 
-class Packing(NamedTuple):
-    """Where each packed token lies in the padded (C, L) layout that attention works in."""
+@dataclass(frozen=True)
+class Packing:
+    """Where captions lie in their packed tokens, and which tokens attend to which."""
 
-    slot: Tensor  # (T,) int64: caption * L + position
-    position: Tensor  # (T,) int64: place inside the caption
-    valid: Tensor  # (C, 1, 1, L) bool: false on padding
-    num_captions: int
+    starts: Tensor  # (C+1,) int32
     max_length: int
+    caption: Tensor  # (T,) int64: caption of each token
+    position: Tensor  # (T,) int64: place inside the caption
+    within_captions: Ragged
 
     @staticmethod
     def of(caption_starts: Tensor, num_tokens: int, max_length: int) -> Packing:
-        """From caption_starts (C+1,) int32; `max_length` is known on the host, so nothing waits for the device."""
+        """From caption_starts (C+1,); `max_length` is known on the host, so that nothing waits for the device."""
         starts = caption_starts.long()
-        num_captions = starts.numel() - 1
         token = torch.arange(num_tokens, device=starts.device)
         caption = torch.searchsorted(starts[1:], token, right=True)
-        position = token - starts[caption]
-        lengths = starts[1:] - starts[:-1]
-        valid = torch.arange(max_length, device=starts.device) < lengths[:, None]
-        return Packing(caption * max_length + position, position, valid[:, None, None], num_captions, max_length)
+        within_captions = Ragged(caption, starts.int(), max_length, max_length, is_sorted=True)
+        return Packing(starts.int(), max_length, caption, token - starts[caption], within_captions)
 
-    def pad(self, x: Tensor, num_heads: int) -> Tensor:
-        """(T, D) -> (C, H, L, D / H), zeros on padding."""
-        padded = x.new_zeros(self.num_captions * self.max_length, x.shape[-1]).index_copy(0, self.slot, x)
-        return padded.view(self.num_captions, self.max_length, num_heads, -1).transpose(1, 2)
-
-    def pack(self, x: Tensor) -> Tensor:
-        """(C, H, L, D / H) -> (T, D)."""
-        return x.transpose(1, 2).reshape(self.num_captions * self.max_length, -1).index_select(0, self.slot)
+    def rows_within_captions(self, index: Tensor, live: Tensor | None) -> Ragged:
+        """Rows `index` (M,), ascending where they are live, attend to all tokens of their caption."""
+        caption = self.caption[index]
+        return Ragged(caption, self.starts, self.max_length, self.max_length, is_sorted=True, live=live)
 
 
 class SelfOutput(nn.Module):
@@ -114,24 +111,9 @@ class Attention(nn.Module):
         self.self = QueryKeyValue(config)
         self.output = SelfOutput(config.width, config.width)
 
-    def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
-        query, key, value = (
-            packing.pad(layer(x_TD), self.num_heads) for layer in (self.self.query, self.self.key, self.self.value)
-        )
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=packing.valid)
-        return self.output(packing.pack(context), x_TD)
-
-
-class CrossAttention(Attention):
-    def forward(self, x_TD: Tensor, packing: Packing, image_BND: Tensor, caption_image: Tensor) -> Tensor:
-        query = packing.pad(self.self.query(x_TD), self.num_heads)
-        # Keys and values are projected once an image, then shared by its captions.
-        key, value = (
-            layer(image_BND).unflatten(-1, (self.num_heads, -1)).transpose(1, 2).index_select(0, caption_image)
-            for layer in (self.self.key, self.self.value)
-        )
-        context = F.scaled_dot_product_attention(query, key, value)
-        return self.output(packing.pack(context), x_TD)
+    def forward(self, query_QD: Tensor, key_KD: Tensor, attend: Ragged) -> Tensor:
+        query, key, value = self.self.query(query_QD), self.self.key(key_KD), self.self.value(key_KD)
+        return self.output(attend(query, key, value, self.num_heads), query_QD)
 
 
 class Intermediate(nn.Module):
@@ -150,15 +132,17 @@ class Layer(nn.Module):
         super().__init__()
         self.attention = Attention(config)
         if fuses:
-            self.crossattention = CrossAttention(config)
+            self.crossattention = Attention(config)
         self.intermediate = Intermediate(config)
         self.output = SelfOutput(4 * config.width, config.width)
 
-    def forward(self, x_TD: Tensor, packing: Packing, image_BND=None, caption_image=None) -> Tensor:
-        x_TD = self.attention(x_TD, packing)
-        if image_BND is not None:
-            x_TD = self.crossattention(x_TD, packing, image_BND, caption_image)
-        return self.output(self.intermediate(x_TD), x_TD)
+    def forward(self, x_TD: Tensor, attend: Ragged, image_KD=None, attend_image=None, index=None) -> Tensor:
+        """(T, D), or the rows `index` (M,) of it; all tokens are keys of its self-attention in either case."""
+        rows = x_TD if index is None else x_TD.index_select(0, index)
+        rows = self.attention(rows, x_TD, attend)
+        if image_KD is not None:
+            rows = self.crossattention(rows, image_KD, attend_image)
+        return self.output(self.intermediate(rows), rows)
 
 
 class Embeddings(nn.Module):
@@ -188,8 +172,67 @@ class MLMHead(nn.Module):
         return masked_lm_loss(self.transform(rows_MD), weight_VD, self.bias, targets, num_masked, bins)
 
 
+class MatchLoss(NamedTuple):
+    """Sums over a batch; only loss_sum has a gradient. For itc `hits` are captions that find their image."""
+
+    loss_sum: Tensor  # () float32, nats
+    hits: Tensor  # () float32
+    count: Tensor  # () float32
+
+
+class MatchHead(nn.Linear):
+    """Whether a caption and an image belong together, from the fused [CLS] (the ITM of ALBEF, with one logit)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config.width, 1)
+
+    def loss(self, cls_PD: Tensor, is_match: Tensor, weight: Tensor) -> MatchLoss:
+        """P pairs: is_match, weight (P,) float; pairs of weight 0 do not count."""
+        logit = self(cls_PD).squeeze(1).float()
+        loss = F.binary_cross_entropy_with_logits(logit, is_match, weight, reduction="sum")
+        hits = weight * ((logit > 0) == (is_match > 0.5))
+        return MatchLoss(loss, hits.sum().detach(), weight.sum())
+
+
+class ContrastHead(nn.Module):
+    """Image and text as unit vectors of one space (the ITC of ALBEF, within the batch, without a queue)."""
+
+    WIDTH = 256
+    TEMPERATURE = 0.07  # at the start
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.image = nn.Linear(config.width, self.WIDTH)
+        self.text = nn.Linear(config.width, self.WIDTH)
+        self.log_scale = nn.Parameter(torch.full((1,), -math.log(self.TEMPERATURE)))
+
+    def embed_image(self, image_BND: Tensor) -> Tensor:
+        """(B, N, D) image tokens -> (B, 256)."""
+        return F.normalize(self.image(image_BND.mean(1)).float(), dim=-1)
+
+    def embed_text(self, cls_CD: Tensor) -> Tensor:
+        """(C, D) [CLS] of the text encoder -> (C, 256)."""
+        return F.normalize(self.text(cls_CD).float(), dim=-1)
+
+    def loss(self, image_BND: Tensor, cls_CD: Tensor, caption_image: Tensor, shown: Tensor) -> MatchLoss:
+        """shown (B,) bool is false for blank images, which belong to no caption and no caption to them."""
+        caption_image = caption_image.long()
+        scores = self.embed_text(cls_CD) @ self.embed_image(image_BND).T * self.log_scale.float().exp()  # (C, B)
+        weight = shown[caption_image].float()
+        least = -1e4  # in fp32 as good as -inf, but finite: a weight of 0 makes nothing of it
+        to_image = F.cross_entropy(scores.masked_fill(~shown, least), caption_image, reduction="none")
+        # Of the captions, those of other images stand against each caption; its image's other captions are as true.
+        of_image = scores[:, caption_image].T  # (C, C): row i, every caption with the image of caption i
+        same = caption_image[:, None] == caption_image
+        other = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
+        target = torch.arange(len(same), device=same.device)
+        to_text = F.cross_entropy(of_image.masked_fill(other | ~shown[caption_image], least), target, reduction="none")
+        hits = weight * (scores.masked_fill(~shown, least).argmax(1) == caption_image)
+        return MatchLoss((weight * (to_image + to_text)).sum() / 2, hits.sum().detach(), weight.sum())
+
+
 class PosMaskModel(nn.Module):
-    """Image encoder, text encoder, fusion encoder and MLM head."""
+    """Image encoder, text encoder, fusion encoder, MLM head, and the heads of the other objectives."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -200,6 +243,8 @@ class PosMaskModel(nn.Module):
         self.text = nn.ModuleList(Layer(config, fuses=False) for _ in range(config.num_text_layers))
         self.fusion = nn.ModuleList(Layer(config, fuses=True) for _ in range(config.num_fusion_layers))
         self.head = MLMHead(config)
+        self.itm = MatchHead(config) if "itm" in config.objectives else None
+        self.itc = ContrastHead(config) if "itc" in config.objectives else None
         # BERT's 0.02 at its width of 768; a narrower model needs more, or its attention begins as a plain average.
         std = 0.02 * (768 / config.width) ** 0.5
         for name, module in self.named_modules():
@@ -212,30 +257,73 @@ class PosMaskModel(nn.Module):
         """tokens (T,) int32 -> (T, D), before any image is seen."""
         x_TD = self.embeddings(tokens, packing.position)
         for layer in self.text:
-            x_TD = layer(x_TD, packing)
+            x_TD = layer(x_TD, packing.within_captions)
         return x_TD
 
-    def fuse(self, text_TD: Tensor, packing: Packing, image_BND: Tensor, caption_image: Tensor) -> Tensor:
-        """(T, D) x (B, N, D) -> (T, D); caption_image (C,) int32 says which image each caption belongs to."""
-        for layer in self.fusion:
-            text_TD = layer(text_TD, packing, image_BND, caption_image)
-        return text_TD
+    def fuse(
+        self, text_TD: Tensor, packing: Packing, image_BND: Tensor, caption_image: Tensor,
+        index: Tensor | None = None, live: Tensor | None = None, max_image_tokens: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """(T, D) x (B, N, D) -> (T, D), or its rows `index` (M,) alone, which the last layer then works out alone.
 
-    def predict(self, hidden_TD: Tensor, index: Tensor, targets: Tensor, num_masked: Tensor, bins=None) -> MaskedLMLoss:
-        """The masked-LM loss at rows `index` (M,) of hidden_TD; see `masked_lm_loss` for the rest."""
-        rows_MD = hidden_TD.index_select(0, index)
+        caption_image (C,) int32 says which image each caption belongs to. live (M,) bool, as in `Ragged`: spare rows of
+        the result mean nothing. max_image_tokens bounds the text tokens of one image (by default: all of them).
+        """
+        num_images, num_image_tokens = image_BND.shape[:2]
+        image_KD = image_BND.flatten(0, 1)
+        owner = caption_image.long()[packing.caption]  # (T,)
+        starts = torch.arange(num_images + 1, dtype=torch.int32, device=owner.device) * num_image_tokens
+        most = max_image_tokens or len(text_TD)
+        attend_image = Ragged(owner, starts, most, num_image_tokens, is_sorted=False)
+        *layers, last = self.fusion
+        for layer in layers:
+            text_TD = layer(text_TD, packing.within_captions, image_KD, attend_image)
+        if index is None:
+            return last(text_TD, packing.within_captions, image_KD, attend_image)
+        attend_image = Ragged(owner[index], starts, most, num_image_tokens, is_sorted=False, live=live)
+        return last(text_TD, packing.rows_within_captions(index, live), image_KD, attend_image, index)
+
+    def predict(self, rows_MD: Tensor, targets: Tensor, num_masked: Tensor, bins=None) -> MaskedLMLoss:
+        """The masked-LM loss of fused rows (M, D); see `masked_lm_loss` for the rest."""
         return self.head(rows_MD, self.embeddings.word_embeddings.weight, targets, num_masked, bins)
 
     def logits(self, rows_MD: Tensor) -> Tensor:
         """(M, D) of fused text -> (M, V), for evaluations that want more than the loss."""
         return F.linear(self.head.transform(rows_MD), self.embeddings.word_embeddings.weight, self.head.bias)
 
-    def forward(self, batch, masked, bins: Tensor | None) -> MaskedLMLoss:
-        """batch: `loader.Batch` on the device; masked: `MaskedTokens` of it; bins (M,): POS of each masked row."""
+    def forward(self, batch, masked, bins: Tensor | None, pairs=None):
+        """The masked-LM loss; with `pairs` the losses (mlm, itm, itc) of the three, None for those without a head.
+
+        batch: `loader.Batch` on the device; masked: `MaskedTokens` of it; bins (M,): POS of each masked row;
+        pairs: `objectives.Pairs` of it.
+        """
+        index, targets = masked.index, masked.targets
+        if not index.is_cuda:  # the host knows the count: leave the spare rows out, all but one if none is live
+            num_rows = max(1, int(masked.num_masked))
+            index, targets = index[:num_rows], targets[:num_rows]
+            bins = None if bins is None else bins[:num_rows]
         packing = Packing.of(batch.caption_starts, batch.tokens.numel(), batch.max_caption_tokens)
         image_BND = self.image(batch.images)
-        hidden_TD = self.fuse(self.encode_text(masked.tokens, packing), packing, image_BND, batch.caption_image)
-        return self.predict(hidden_TD, masked.index, masked.targets, masked.num_masked, bins)
+        text_TD = self.encode_text(masked.tokens, packing)
+        rows_MD = self.fuse(
+            text_TD, packing, image_BND, batch.caption_image, index, targets >= 0, batch.max_image_tokens
+        )
+        mlm = self.predict(rows_MD, targets, masked.num_masked, bins)
+        return mlm if pairs is None else (mlm, *self.match(batch, packing, image_BND, pairs))
+
+    def match(self, batch, packing: Packing, image_BND: Tensor, pairs) -> tuple[MatchLoss | None, MatchLoss | None]:
+        """The losses of itm and itc, on captions without masks."""
+        text_TD = self.encode_text(batch.tokens, packing)
+        first = batch.caption_starts[:-1].long()
+        itm = itc = None
+        if self.itc is not None:
+            itc = self.itc.loss(image_BND, text_TD[first], batch.caption_image, pairs.shown)
+        if self.itm is not None:
+            images = (batch.caption_image, pairs.negative_image)
+            cls_PD = torch.cat([self.fuse(text_TD, packing, image_BND, image, index=first) for image in images])
+            is_match = torch.cat([torch.ones_like(pairs.weight), torch.zeros_like(pairs.weight)])
+            itm = self.itm.loss(cls_PD, is_match, pairs.weight.repeat(2))
+        return itm, itc
 
 
 def _replace_batch_norm(module: nn.Module) -> None:

@@ -1,24 +1,110 @@
-"""The training objective: masked language modelling from an image and the rest of the caption."""
+"""The training objectives: masked language modelling, image-text matching (itm) and image-text contrast (itc).
+
+Matching shows each caption its own image and a wrong one: that of a caption of the batch which shares many words with
+it, so that telling them apart takes more than a glance (hard negatives as in ALBEF, arXiv 2107.07651, whose similarity
+needs a contrast head; shared words need none). Every caption is once right and once wrong: text alone tells nothing.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
-from posmask.kernels.mask_tokens import MaskedTokens, MaskPlan, mask_tokens
+from posmask.kernels import philox
+from posmask.kernels.mask_plan import MaskMix, MaskPlan
+from posmask.kernels.mask_tokens import MaskedTokens, mask_tokens
 from posmask.kernels.masked_lm_loss import MaskedLMLoss, lowest_bit
+from posmask.train.capacity import capacity
 from posmask.train.loader import Batch
-from posmask.train.masking import capacity
+from posmask.train.model import MatchLoss
+
+HARDNESS = 10.0  # log odds of a caption with all words in common against one with none
 
 
-def mask_batch(batch: Batch, plan: MaskPlan, seed: int) -> MaskedTokens:
-    """Masks the batch's captions on its device; nothing waits for the result."""
+class Pairs(NamedTuple):
+    """Which wrong image each of C captions is shown; B images."""
+
+    negative_image: Tensor  # (C,) int32
+    weight: Tensor  # (C,) float32: 0 where the image is blank or no other image can be told from it
+    shown: Tensor  # (B,) bool: false for a blank image
+    num_shown: Tensor  # () float32, captions whose image is not blank
+
+
+class Losses(NamedTuple):
+    """Of one micro-batch; None for an objective without a head."""
+
+    mlm: MaskedLMLoss
+    itm: MatchLoss | None
+    itc: MatchLoss | None
+
+    def scaled_sum(self, counts: Tensor, factor: float) -> Tensor:
+        """The sum of the objectives' means: each loss_sum over its global count (3,), times `factor`."""
+        parts = zip(self, counts, strict=True)
+        return sum(losses.loss_sum * (factor / count) for losses, count in parts if losses is not None)
+
+
+def mask_batch(
+    batch: Batch, plan: MaskPlan | MaskMix, seed: int, bit_weights: Tensor | None = None
+) -> MaskedTokens:
+    """Masks the batch's captions on its device; nothing waits for the result. bit_weights as in `mask_tokens`."""
     rows = capacity(plan, batch.host_tags, batch.host_caption_starts)
     return mask_tokens(
-        batch.tokens, batch.tags, batch.scores, batch.caption_starts, batch.caption_key, plan, seed, batch.epoch, rows
-    )
+        batch.tokens, batch.tags, batch.scores, batch.caption_starts, batch.caption_key, plan, seed, batch.epoch, rows,
+        bit_weights=bit_weights,
+    )  # fmt: skip
 
 
 def masked_lm(model: torch.nn.Module, batch: Batch, masked: MaskedTokens) -> MaskedLMLoss:
     """Loss of the masked tokens of `batch`, with loss, hits and counts per part of speech."""
-    bins = lowest_bit(batch.tags.index_select(0, masked.index))
-    return model(batch, masked, bins)
+    return model(batch, masked, lowest_bit(batch.tags.index_select(0, masked.index)))
+
+
+def all_losses(model: torch.nn.Module, batch: Batch, masked: MaskedTokens, pairs: Pairs | None) -> Losses:
+    """Losses of every objective; pairs: None if masked language modelling is the only one."""
+    if pairs is None:
+        return Losses(masked_lm(model, batch, masked), None, None)
+    return Losses(*model(batch, masked, lowest_bit(batch.tags.index_select(0, masked.index)), pairs))
+
+
+def pair_batch(batch: Batch, vocab_size: int, seed: int) -> Pairs:
+    """Draws a wrong image for each caption, with odds exp(HARDNESS * Jaccard index of the captions' sets of tokens).
+
+    An image that has a caption reading the same is no wrong one. Draws are keyed by the caption, the candidates are
+    those of the batch (one rank's micro-batch). Nothing waits for the device.
+    """
+    device, num_captions = batch.tokens.device, batch.caption_image.numel()
+    starts, image = batch.caption_starts.long(), batch.caption_image.long()
+    token = torch.arange(batch.tokens.numel(), device=device)
+    caption = torch.searchsorted(starts[1:], token, right=True)
+    bags = torch.zeros(num_captions, vocab_size, device=device)
+    bags[caption, batch.tokens.long()] = 1.0
+    common, sizes = bags @ bags.T, bags.sum(1)
+    jaccard = common / (sizes[:, None] + sizes - common)
+    # Equal texts have equal sums of tokens times powers of an odd number, modulo 2^64; others practically never.
+    powers = torch.full((batch.max_caption_tokens,), 6364136223846793005, device=device).cumprod(0)
+    term = batch.tokens.long() * powers[token - starts[caption]]
+    reading = torch.zeros(num_captions, dtype=torch.int64, device=device).index_add_(0, caption, term)
+
+    shown = batch.images.flatten(1).ne(0).any(1)
+    reads_same = (reading[:, None] == reading).float()
+    fits = torch.zeros(num_captions, len(shown), device=device).index_add_(1, image, reads_same) > 0  # its own too
+    barred = fits[:, image] | ~shown[image]
+    odds = (HARDNESS * jaccard).exp().masked_fill(barred, 0.0)
+    running = odds.double().cumsum(1)
+    total = running[:, -1]
+    row = torch.arange(num_captions, device=device)
+    draw = philox.draw_words(philox.NEGATIVE, torch.zeros_like(row), row, batch.caption_key, seed, batch.epoch)[0]
+    # The first place where the running sum exceeds a uniform share of the total; never a barred one.
+    point = (draw.double() / 2**32 * total)[:, None]
+    chosen = torch.searchsorted(running, point, right=True).squeeze(1).clamp_(max=num_captions - 1)
+    weight = (shown[image] & (total > 0)).float()
+    return Pairs(image[chosen].int(), weight, shown, shown[image].sum().float())
+
+
+def counts(masked: list[MaskedTokens], pairs: list[Pairs | None]) -> Tensor:
+    """(3,) float32: what the losses of these micro-batches are to be divided by, once summed over the ranks."""
+    num_masked = torch.stack([m.num_masked for m in masked]).sum().float()
+    found = [torch.stack([2 * p.weight.sum(), p.num_shown]) for p in pairs if p is not None]
+    return torch.cat([num_masked[None], torch.stack(found).sum(0) if found else num_masked.new_zeros(2)])

@@ -14,12 +14,12 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from posmask.kernels.mask_tokens import MaskPlan
 from posmask.train import checkpoint, metrics
 from posmask.train.card import git_commit, write_card
 from posmask.train.config import PRESETS, ModelConfig, RunConfig, learning_rate, parse_args, snapshot_steps
@@ -34,10 +34,11 @@ from posmask.train.engine import (
     set_learning_rate,
     start_processes,
 )
-from posmask.train.loader import Collator, Loader, Shards, View, evaluation_batches
-from posmask.train.masking import parse_mask
+from posmask.train.loader import Batch, Collator, Loader, Shards, View, evaluation_batches
+from posmask.train.masking import Masking, parse_mask
 from posmask.train.model import PosMaskModel
-from posmask.train.objectives import mask_batch, masked_lm
+from posmask.train.objectives import Pairs, all_losses, counts, mask_batch, masked_lm, pair_batch
+from posmask.train.policy import POLICIES
 from posmask.train.weights import load_image_weights, load_text_weights
 
 
@@ -69,7 +70,7 @@ def pretrain(config: RunConfig, world: World, stop: StopSignal) -> int:
     shards = Shards(config.data)
     if len(shards) < config.batch_size:
         raise ValueError(f"--data has {len(shards)} images, fewer than --batch-size {config.batch_size}")
-    plan = make_plan(config, shards)
+    masking = make_masking(config, shards)
     model_config = make_model_config(config, shards)
     torch.manual_seed(config.seed)  # the initial weights; everything else is drawn from counters
     model = PosMaskModel(model_config)
@@ -81,16 +82,20 @@ def pretrain(config: RunConfig, world: World, stop: StopSignal) -> int:
         check_same_model(source, model_config)
     view = View(
         config.seed, model_config.image_size, model_config.image_mean, model_config.image_std,
-        config.captions_per_image, config.blank_rate, config.crop_scale,
+        config.captions_per_image, config.blank_rate, config.crop_scale, config.maskings_per_caption,
     )  # fmt: skip
-    validate = make_validation(config, world, view, plan, shards, micro_batch_size)
-    collate = Collator(view, len(shards.manifest.scores), micro_batch_size, config.decode, world.device)
+    validate = make_validation(config, world, view, shards, micro_batch_size)
+    num_scores = len(shards.manifest.scores)
+    collate = Collator(view, num_scores, micro_batch_size, config.decode, world.device, config.on_bad_sample)
     prepare_run_folder(run, config, model_config, shards, world)
 
     engine = make_engine(model, config, settings, world.device)
-    state = {"step": 0, "counters": dict.fromkeys(metrics.COUNTERS, 0)}
+    policy = POLICIES[masking.policy](world.device)
+    state = {"step": 0, "counters": dict.fromkeys(metrics.COUNTERS, 0), "policy": policy.state()}
     if source is not None:
-        state = checkpoint.restore(engine, source, lambda: warm_up(engine, config, shards, collate, plan, world))
+        warm = partial(warm_up, engine, config, shards, collate, masking.at(0.0), policy.bit_weights)
+        state = checkpoint.restore(engine, source, warm)
+        policy.restore(state["policy"])
     say(world, describe_start(config, world, shards, model, state["step"]))
     loader = Loader(
         shards, collate, seed=config.seed, batch_size=config.batch_size, micro_batch_size=micro_batch_size,
@@ -98,7 +103,9 @@ def pretrain(config: RunConfig, world: World, stop: StopSignal) -> int:
     )  # fmt: skip
     log = metrics.MetricsLog(run, world, state["counters"], state["step"], config.wandb)
     try:
-        finished = train(config, world, engine, loader, plan, accumulation, log, validate, run, state["step"], stop)
+        finished = train(
+            config, world, engine, loader, masking, policy, accumulation, log, validate, run, state["step"], stop
+        )
     finally:
         loader.close()
         log.close()
@@ -112,7 +119,9 @@ def pretrain(config: RunConfig, world: World, stop: StopSignal) -> int:
     return 0
 
 
-def train(config, world, engine, loader, plan, accumulation, log, validate, run, start_step, stop) -> bool:
+def train(
+    config, world, engine, loader, masking, policy, accumulation, log, validate, run, start_step, stop
+) -> bool:
     """The loop over steps start_step + 1 … config.steps; false if SIGTERM ended it early."""
     batches = iter(loader)
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
@@ -126,15 +135,20 @@ def train(config, world, engine, loader, plan, accumulation, log, validate, run,
                 micro = [next(batches).to(world.device, dtype) for _ in range(accumulation)]
 
             # All micro-batches are masked first, so that each is scaled by the count of the whole step.
-            masked = [mask_batch(batch, plan, config.seed) for batch in micro]
-            count = world.sum(torch.stack([m.num_masked for m in masked]).sum().float()).clamp_(min=1)
+            plan = masking.at((step - 1) / config.steps)
+            masked = [mask_batch(batch, plan, config.seed, policy.bit_weights) for batch in micro]
+            paired = [make_pairs(batch, config, engine) for batch in micro]
+            divisors = world.sum(counts(masked, paired)).clamp_(min=1)
             set_learning_rate(engine, learning_rate(config, step - 1))
-            for batch, mask in zip(micro, masked, strict=True):
-                losses = masked_lm(engine, batch, mask)
-                # DeepSpeed averages over ranks and accumulation steps; ours is a sum over the step's masked tokens.
-                engine.backward(losses.loss_sum * (world.size * accumulation / count))
+            of_step = []
+            for batch, mask, pairs in zip(micro, masked, paired, strict=True):
+                losses = all_losses(engine, batch, mask, pairs)
+                # DeepSpeed averages over ranks and accumulation steps; ours are sums over the whole step.
+                engine.backward(losses.scaled_sum(divisors, world.size * accumulation))
                 engine.step()
                 window.add(batch, mask, losses)
+                of_step.append(losses.mlm)
+            policy.update(of_step, world)
 
             last = step == config.steps
             checkpoint_due = last or (config.checkpoint_every and step % config.checkpoint_every == 0)
@@ -151,15 +165,22 @@ def train(config, world, engine, loader, plan, accumulation, log, validate, run,
                     checkpoint.save_snapshot(engine, world, run, step)
             if validate and (last or (config.eval_every and step % config.eval_every == 0)):
                 with window.paused():
-                    log.write(step, {"val": validate(engine)})
+                    log.write(step, {"val": validate(engine, plan, policy.bit_weights)})
             # The checkpoint comes last: what a step leaves behind is there before a resume would skip that step.
             if checkpoint_due or stopping:
                 with window.paused():
-                    state = {"counters": log.state(), "world_size": world.size}
+                    state = {"counters": log.state(), "policy": policy.state(), "world_size": world.size}
                     checkpoint.save_checkpoint(engine, world, run, step, state, config.keep_checkpoints)
             if stopping and not last:
                 return False
     return True
+
+
+def make_pairs(batch: Batch, config: RunConfig, engine) -> Pairs | None:
+    """What itm and itc learn from in this batch; None without them."""
+    if set(config.objectives) <= {"mlm"}:
+        return None
+    return pair_batch(batch, engine.module.config.vocab_size, config.seed)
 
 
 def find_resume(config: RunConfig, run: Path) -> Path | str | None:
@@ -191,7 +212,9 @@ def find_resume(config: RunConfig, run: Path) -> Path | str | None:
 
 def make_model_config(config: RunConfig, shards: Shards) -> ModelConfig:
     """The preset with the vocabulary of the shards."""
-    model_config = dataclasses.replace(PRESETS[config.preset], vocab_size=shards.manifest.tokenizer.vocab_size)
+    model_config = dataclasses.replace(
+        PRESETS[config.preset], vocab_size=shards.manifest.tokenizer.vocab_size, objectives=config.objectives
+    )
     if shards.manifest.max_tokens > model_config.max_positions:
         raise ValueError(
             f"the shards hold captions of up to {shards.manifest.max_tokens} tokens, --preset {config.preset} has "
@@ -200,20 +223,21 @@ def make_model_config(config: RunConfig, shards: Shards) -> ModelConfig:
     return model_config
 
 
-def make_plan(config: RunConfig, shards: Shards) -> MaskPlan:
-    """The masking plan of the command line for these shards."""
+def make_masking(config: RunConfig, shards: Shards) -> Masking:
+    """What the command line masks of these shards."""
     manifest, tokenizer = shards.manifest, shards.manifest.tokenizer
     vocabulary = {
         "mask_id": tokenizer.mask_id, "vocab_size": tokenizer.vocab_size, "never_drawn": tokenizer.reserved_ids
     }
     return parse_mask(
-        config.mask, amount=config.mask_amount, rate=config.mask_rate, replace=config.replace,
-        tokenizer=vocabulary, bits_computed=manifest.bits_computed, max_tokens=manifest.max_tokens,
+        config.mask, amount=config.mask_amount, rate=config.mask_rate, unit=config.mask_unit, replace=config.replace,
+        when_empty=config.when_empty, tokenizer=vocabulary, bits_computed=manifest.bits_computed,
+        scores=manifest.scores, max_tokens=manifest.max_tokens,
     )  # fmt: skip
 
 
-def make_validation(config, world, view, plan, shards, micro_batch_size) -> Callable | None:
-    """A function of the engine: loss and accuracy per part of speech on --val, with the image and with a blank one."""
+def make_validation(config, world, view, shards, micro_batch_size) -> Callable | None:
+    """A function of engine, plan and weights: loss and accuracy per part of speech on --val, with and without image."""
     if config.val is None:
         return None
     val = Shards((config.val,))
@@ -221,17 +245,20 @@ def make_validation(config, world, view, plan, shards, micro_batch_size) -> Call
         raise ValueError(f"--val {config.val} has another tokenizer; build it with that of {config.data[0]}")
     if len(val) < world.size:
         raise ValueError(f"--val {config.val}: {len(val)} images are fewer than {world.size} ranks")
-    whole = dataclasses.replace(view, captions_per_image=None, blank_rate=0.0, crop_scale=(1.0, 1.0))
-    collate = Collator(whole, len(val.manifest.scores), micro_batch_size, config.decode, world.device)
+    whole = dataclasses.replace(
+        view, captions_per_image=None, blank_rate=0.0, crop_scale=(1.0, 1.0), maskings_per_caption=1
+    )
+    num_scores = len(val.manifest.scores)
+    collate = Collator(whole, num_scores, micro_batch_size, config.decode, world.device, config.on_bad_sample)
 
     @torch.no_grad()
-    def validate(engine) -> dict:
+    def validate(engine, plan, bit_weights) -> dict:
         average_batch_norm(engine.module, world)
         engine.eval()
         sums = {"image": metrics.LossSums(world.device), "blank": metrics.LossSums(world.device)}
         for batch in evaluation_batches(val, collate, micro_batch_size, config.eval_images, world.rank, world.size):
             batch = batch.to(world.device, config.torch_dtype)
-            masked = mask_batch(batch, plan, seed=0)
+            masked = mask_batch(batch, plan, 0, bit_weights)
             sums["image"].add(masked_lm(engine, batch, masked))
             sums["blank"].add(masked_lm(engine, batch.with_blank_images(), masked))
         engine.train()
@@ -240,15 +267,16 @@ def make_validation(config, world, view, plan, shards, micro_batch_size) -> Call
     return validate
 
 
-def warm_up(engine, config: RunConfig, shards: Shards, collate: Collator, plan: MaskPlan, world: World) -> None:
+def warm_up(engine, config: RunConfig, shards: Shards, collate: Collator, plan, bit_weights) -> None:
     """One step with a gradient of zero, so that DeepSpeed makes its optimizer state; see checkpoint.restore."""
-    micro_batch_size, accumulation = config.micro_batches(world.size)
+    micro_batch_size, accumulation = config.micro_batches(engine.dp_world_size)
     samples = [shards[i] for i in range(micro_batch_size)]
-    batch = collate(samples, epoch=0).to(world.device, config.torch_dtype)
+    batch = collate(samples, epoch=0).to(engine.device, config.torch_dtype)
     set_learning_rate(engine, 0.0)
     for _ in range(accumulation):
-        losses = masked_lm(engine, batch, mask_batch(batch, plan, config.seed))
-        engine.backward(losses.loss_sum * 0.0)
+        masked, pairs = mask_batch(batch, plan, config.seed, bit_weights), make_pairs(batch, config, engine)
+        losses = all_losses(engine, batch, masked, pairs)
+        engine.backward(losses.scaled_sum(torch.ones(3, device=engine.device), 0.0))
         engine.step()
 
 

@@ -1,0 +1,43 @@
+"""Which implementation of an operation runs, decided at the call by the device of its tensors."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+def resolve(backend: str, tensor: Tensor, op: str) -> str:
+    """The backend, "triton" or "torch", that `op` runs on for arguments on the device of `tensor`.
+
+    "auto" takes Triton on a GPU and torch elsewhere, torch also on a GPU without Triton, which it says once. "triton"
+    and "torch" are kept or refused with a ValueError, never replaced. Triton's interpreter (TRITON_INTERPRET=1, for
+    tests) takes tensors on the CPU.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{op} has no backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if backend == "torch" or (backend == "auto" and tensor.device.type != "cuda"):
+        return "torch"
+    if importlib.util.find_spec("triton") is None:
+        if backend == "triton":
+            raise ValueError(f"{op}: backend 'triton' needs the package triton; pip install triton, or use 'torch'")
+        _say_fallback(op)
+        return "torch"
+    if tensor.device.type != "cuda" and not _interprets():
+        raise ValueError(f"{op}: backend 'triton' needs GPU tensors, not {tensor.device}; use 'auto' or 'torch'")
+    return "triton"
+
+
+def _interprets() -> bool:
+    from triton import knobs
+
+    return knobs.runtime.interpret
+
+
+@functools.cache
+def _say_fallback(op: str) -> None:
+    warnings.warn(f"{op} runs on torch, slower: the package triton is not installed", RuntimeWarning, stacklevel=4)
