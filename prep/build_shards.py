@@ -42,7 +42,7 @@ from rich.table import Table
 
 from posmask.prep import arguments, inspection, shards, sources, tagging, units, wordpiece
 from posmask.prep.ray_engine import prepare as prepare_on_ray
-from posmask.prep.samples import CHUNK_RECORDS, Captions, Prepared, Recipe
+from posmask.prep.samples import CHUNK_RECORDS, Prepared, Recipe, is_unicode
 from posmask.prep.samples import prepare as prepare_in_processes
 from posmask.prep.scene_tasks import write_eval_sets
 from posmask.prep.scenes import Scenes
@@ -166,13 +166,14 @@ def build(args: argparse.Namespace, source: Sequence[Record], out: Path, like: P
     if shards.build_state(out, config) == "complete":
         print(f"{out}: already complete")
         return
-    captions = Captions(source)
-    if not (out / "tokenizer").is_dir():
-        resources.check(tagger)
-        made = wordpiece.make(str(like / "tokenizer") if like else args.tokenizer, captions)
-        shards.start_build(out, config)
-        wordpiece.save(made, out / "tokenizer")
     if not (out / units.FILE).is_file():
+        # Read once, since scenes are worded anew at each reading; the strings of other sources are in memory anyway.
+        captions = [caption for record in source for caption in record.captions if is_unicode(caption)]
+        if not (out / "tokenizer").is_dir():
+            resources.check(tagger)
+            made = wordpiece.make(str(like / "tokenizer") if like else args.tokenizer, captions)
+            shards.start_build(out, config)
+            wordpiece.save(made, out / "tokenizer")
         encode = wordpiece.CaptionEncoder(out / "tokenizer", args.max_tokens)
         resources = units.Resources(units=like) if like else resources
         resources.make(captions, encode, tagger).save(out / units.FILE)

@@ -46,16 +46,6 @@ class Recipe:
     max_tokens: int
 
 
-class Captions:
-    """All captions of `source` that are valid Unicode, as often as they are asked for."""
-
-    def __init__(self, source: Iterable[Record]) -> None:
-        self.source = source
-
-    def __iter__(self) -> Iterator[str]:
-        return (caption for record in self.source for caption in record.captions if is_unicode(caption))
-
-
 @dataclass
 class Prepared:
     """What became of some records, in their order."""
