@@ -134,7 +134,7 @@ def evaluate(model: PosMaskModel, run: Path, config: dict, args: argparse.Namesp
         "shortlist": args.shortlist if len(heads) > 1 else None, "chance": chance,
         **{group: recalls(found[group]) for group in DIRECTIONS},
     }  # fmt: skip
-    title = f"retrieval of {run}, score {results['score']}, {len(captions.photos):,} photos and {len(texts):,} captions "
+    title = f"retrieval of {run}, score {results['score']}, {len(captions.photos):,} photos, {len(texts):,} captions "
     title += f"of {args.annotations}; 95 % intervals over items"
     if missing:
         title += f"\n{len(missing):,} photos are missing; they and their captions are left out"
