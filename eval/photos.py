@@ -23,12 +23,12 @@ IMAGES_PER_WINDOW = 128
 MAX_SHORT_SIDE, JPEG_QUALITY = 256, 90
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, limit: str = "the first N items of each group") -> None:
     """Flags of every task that shows photos."""
     parser.add_argument("--annotations", required=True, metavar="PATH", help="the benchmark's file, or folder of files")
     parser.add_argument("--images", required=True, nargs="+", metavar="DIR", help="folders to look for photos in")
     parser.add_argument("--allow-missing", action="store_true", help="leave out items whose photo is not there")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N items of each group")
+    parser.add_argument("--limit", type=int, metavar="N", help=limit)
 
 
 def check_limit(limit: int | None) -> None:

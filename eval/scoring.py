@@ -246,12 +246,13 @@ def head_scores(
     image_of = np.asarray(image_of)
     for batch in batches([len(text.ids) for text in texts]):
         text_TD, packing = encode(model, [texts[i].ids for i in batch])
-        first = packing.position == 0
+        first = packing.starts[:-1].long()
         own = torch.from_numpy(image_of[batch]).to(text_TD.device, torch.int32)
         for name, features in images.items():
             image = own if len(features) > 1 else torch.zeros_like(own)
             if head == "itm":
-                scores = model.itm(model.fuse(text_TD, packing, features, image)[first]).squeeze(1).double().sigmoid()
+                logits = model.itm(model.fuse(text_TD, packing, features, image, index=first))
+                scores = logits.squeeze(1).double().sigmoid()
             else:
                 scores = (model.itc.embed_text(text_TD[first]) * model.itc.embed_image(features)[image.long()]).sum(1)
             totals[name][batch] = scores.double().cpu().numpy()
@@ -287,7 +288,8 @@ def _read(
     own = torch.from_numpy(image_of).to(device, torch.int32)
     rows = torch.from_numpy(wanted).to(device)
     for name, features in images.items():
-        hidden = model.fuse(text, packing, features, own if len(features) > 1 else torch.zeros_like(own))[rows]
+        image = own if len(features) > 1 else torch.zeros_like(own)
+        hidden = model.fuse(text, packing, features, image, index=rows)
         found = np.empty(len(targets))
         for start in range(0, len(wanted), ROWS_PER_FORWARD):
             log_p = model.logits(hidden[start : start + ROWS_PER_FORWARD]).float().log_softmax(-1)

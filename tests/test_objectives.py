@@ -57,7 +57,7 @@ def test_wrong_images_are_wrong():
 def test_odds_follow_the_words_in_common():
     captions = ([2, 10, 11, 12, 3], [2, 10, 11, 13, 3], [2, 10, 14, 15, 3], [2, 20, 21, 22, 3])
     found = np.zeros(4)
-    num_draws = 6000
+    num_draws = 1500
     for epoch in range(num_draws):
         batch = make_batch(captions, range(4), 4, epoch=epoch)
         found[int(pair_batch(batch, 60, seed=0).negative_image[0])] += 1
@@ -151,12 +151,27 @@ def test_gradients_stay_finite_with_blank_images(model):
     assert all(grads[name].abs().max() > 0 for name in heads)
 
 
+def test_a_batch_is_learned(model):
+    """Ten pairs by heart: the gradient points the right way."""
+    batch = make_batch(CAPTIONS[1:], (0, 1, 2, 3, 4), 5)
+    pairs = pair_batch(batch, 60, seed=1)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=2e-3)
+    for _ in range(60):
+        itm, itc = losses(model, batch, pairs)
+        optimizer.zero_grad()
+        ((itm.loss_sum / itm.count) + (itc.loss_sum / itc.count)).backward()
+        optimizer.step()
+    for found, count in ((itm, 10), (itc, 5)):
+        assert float(found.count) == float(found.hits) == count
+        assert float(found.loss_sum.detach()) / count < 0.1
+
+
 def flags(scenes, out, *more, mask="noun", steps=4):
     argv = ["--mask", mask, "--data", f"{scenes}/train", "--out", str(out), "--steps", str(steps), "--batch-size", "16"]
     return [*argv, "--log-every", "1", "--checkpoint-every", "2", "--eval-images", "16", "--snapshots", "0", *more]
 
 
-def test_a_run_of_all_objectives_learns_and_resumes(scenes, tmp_path, monkeypatch):
+def test_a_run_of_all_objectives_resumes_bit_for_bit(scenes, tmp_path, monkeypatch):
     from safetensors.torch import load_file
 
     more = ["--objectives", "mlm,itm,itc", "--captions-per-image", "2", "--micro-batch-size", "8"]
@@ -179,8 +194,9 @@ def test_a_run_of_all_objectives_learns_and_resumes(scenes, tmp_path, monkeypatc
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if "loss" in line]
-    assert all(0 < line["itm"]["loss"] < 1.5 and 0 <= line["itm"]["accuracy"] <= 1 for line in train)
-    assert train[-1]["itc"]["loss"] < train[0]["itc"]["loss"]
+    assert len(train) == 4
+    for of_one in (line[name] for line in train for name in ("itm", "itc")):
+        assert of_one["loss"] > 0 and 0 <= of_one["accuracy"] <= 1
 
 
 def test_without_masked_language_modelling(scenes, tmp_path, capsys):
