@@ -1,12 +1,12 @@
 """The masked-LM loss, forward and backward, against what one would otherwise run on the same hidden states.
 
     python benchmarks/bench_masked_lm_loss.py                 # every case of this machine's device
-    python benchmarks/bench_masked_lm_loss.py --cases base    # those whose name contains "base"
+    python benchmarks/bench_masked_lm_loss.py --cases "base bf16" "base fp32"
 
 Each side starts from the hidden states of all tokens and ends with the gradients in them, in the weight and in the
 bias; ours with its spare rows and its sums per bin. Sides must first agree with the loss and gradients in fp32; what
-does not is not timed. A peer is timed in all its settings, and `ratio` is against the fastest of them. Rows go to
-results/masked_lm_loss_<device>.json, and the last line printed is JSON.
+does not is not timed. A peer runs in all its settings: once each, and those within twice of its fastest again and
+again. `ratio` is against the fastest. Rows go to results/masked_lm_loss_<device>.json, and the last line is JSON.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import argparse
 import importlib.util
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import timing
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from posmask.kernels.masked_lm_loss import masked_lm_loss
+from posmask.kernels.masked_lm_loss import MaskedLMLoss, masked_lm_loss, masked_lm_loss_reference
 
 BF16, FP32 = torch.bfloat16, torch.float32
 MAX_ERROR = {BF16: 2e-2, FP32: 1e-4}  # ‖difference‖ / ‖truth‖ of loss and gradients
@@ -94,9 +94,12 @@ class Problem:
 
         return run
 
-    def ours(self, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        rows = hidden.index_select(0, self.index)
-        return masked_lm_loss(rows, weight, bias, self.targets, self.num_masked, self.bins).loss_sum / self.num_masked
+    def ours(self, operation: Callable[..., MaskedLMLoss]) -> Callable[..., Tensor]:
+        def loss(hidden, weight, bias):
+            rows = hidden.index_select(0, self.index)
+            return operation(rows, weight, bias, self.targets, self.num_masked, self.bins).loss_sum / self.num_masked
+
+        return loss
 
     def all_rows(self, logits: torch.dtype, products: torch.dtype) -> Callable[..., Tensor]:
         def loss(hidden, weight, bias):
@@ -133,10 +136,13 @@ class Problem:
         full = {name: self.step(self.all_rows(*kind)) for name, kind in kinds.items() if name != "all bf16"}
         gather = {name: self.step(self.gathered(*kind)) for name, kind in kinds.items()}
         found = {"full logits, fp32 cross entropy": full, "gather, linear, cross entropy": gather}
+        if self.case.dtype == self.case.parameters:
+            found["our reference"] = {"as given": self.step(self.ours(masked_lm_loss_reference))}
         if self.case.name.startswith("base") and (torch.cuda.is_available() or shutil.which("g++")):
-            found["gather, linear, cross entropy, compiled"] = {
-                name: self.step(torch.compile(self.gathered(*kind))) for name, kind in kinds.items()
-            }
+            if torch.cuda.is_available():  # compiling takes longer than timing, and fp32 products cannot win here
+                kinds = {name: kind for name, kind in kinds.items() if kind[1] == self.case.dtype}
+            compiled = {name: self.step(torch.compile(self.gathered(*kind))) for name, kind in kinds.items()}
+            found["gather, linear, cross entropy, compiled"] = compiled
         return found | self.liger() | self.cut_cross_entropy()
 
     def liger(self) -> dict[str, dict[str, Step]]:
@@ -174,16 +180,18 @@ class Problem:
             for name, eps in (("exact", None), ("filtered", "high"))
         }
 
-    def error(self, step: Step, with_bias: bool = True) -> float:
-        """Largest relative error of loss and gradients against fp32 products of the same values."""
+    def truth(self, with_bias: bool = True) -> tuple[Tensor, ...]:
+        """Loss and gradients by fp32 products of the same values."""
         leaves = [x.detach().float().requires_grad_() for x in (self.hidden, self.weight, self.bias)]
-        loss = self.gathered(FP32, FP32)(*leaves[:2], leaves[2] if with_bias else 0 * leaves[2])
-        truth = (loss.detach(), *torch.autograd.grad(loss, leaves[: 3 if with_bias else 2]))
-        return max(timing.relative_error(ours, true) for ours, true in zip(step(), truth, strict=False))
+        if not with_bias:
+            leaves[2] = torch.zeros_like(leaves[2], requires_grad=True)
+        loss = self.gathered(FP32, FP32)(*leaves)
+        return loss.detach(), *torch.autograd.grad(loss, leaves if with_bias else leaves[:2])
 
 
+PRODUCTS = "three matrix products"
 MISSING = {  # rows of the comparison that may have nothing to run
-    "gather, linear, cross entropy, compiled": "no C++ compiler, or a case that has no need of it",
+    "gather, linear, cross entropy, compiled": "needs CUDA or a C++ compiler; base model only",
     "Liger fused linear cross entropy, all rows": "needs CUDA and liger-kernel",
     "Liger fused linear cross entropy, gathered": "needs CUDA and liger-kernel",
     "cut-cross-entropy, exact": "needs CUDA and cut-cross-entropy",
@@ -191,59 +199,69 @@ MISSING = {  # rows of the comparison that may have nothing to run
 }
 
 
+def off(step: Step, truth: tuple[Tensor, ...], dtype: torch.dtype) -> str | None:
+    """Why a step is not to be timed: its loss or a gradient is further from the truth than its dtype explains."""
+    error = max(timing.relative_error(ours, true) for ours, true in zip(step(), truth, strict=False))
+    return None if error <= MAX_ERROR[dtype] else f"relative error {error:.2g} exceeds {MAX_ERROR[dtype]:.0e}"
+
+
+def usable_settings(problem: Problem) -> tuple[dict[str, dict[str, Step]], list[dict]]:
+    """{peer: {setting: step}} of those that compute the same, and a row for each that does not or is missing."""
+    usable, rows = {}, []
+    truths = {True: problem.truth(), False: problem.truth(with_bias=False)}
+    peers = problem.peers()
+    for peer, settings in peers.items():
+        truth = truths[not peer.startswith("cut")]
+        found = {name: off(step, truth, problem.case.dtype) for name, step in settings.items()}
+        rows += [{"peer": peer, "setting": name, "not_timed": why} for name, why in found.items() if why]
+        usable[peer] = {name: step for name, step in settings.items() if not found[name]}
+    rows += [{"peer": peer, "not_timed": why} for peer, why in MISSING.items() if peer not in peers]
+    dtypes = sorted({problem.case.dtype, FP32}, key=str)
+    usable[PRODUCTS] = {str(dtype): problem.products(dtype) for dtype in dtypes}
+    return {peer: settings for peer, settings in usable.items() if settings}, rows
+
+
 def measure(case: Case, device: str, repeats: int) -> list[dict]:
     """Rows of one case: one for each peer, and one for the three products."""
     problem = Problem(case, device)
-    shape = {
-        "case": case.name, "tokens": case.num_tokens, "masked": case.num_masked, "capacity": case.capacity,
-        "width": case.width, "vocabulary": case.vocabulary, "dtype": str(case.dtype),
-        "parameters": str(case.parameters),
-    }  # fmt: skip
-    ours = problem.step(problem.ours)
-    error = problem.error(ours)
-    if not error <= MAX_ERROR[case.dtype]:
-        return [shape | {"not_timed": f"ours is {error:.2g} off"}]
-    steps, rows = {"ours": ours}, []
-    peers = problem.peers()
+    shape = {name: value if isinstance(value, int | str) else str(value) for name, value in asdict(case).items()}
+    shape["capacity"] = case.capacity
+    ours = problem.step(problem.ours(masked_lm_loss))
+    if why := off(ours, problem.truth(), case.dtype):
+        return [shape | {"not_timed": f"ours: {why}"}]
+    peers, rows = usable_settings(problem)
+    steps, once_ms = {"ours": ours}, {}
     for peer, settings in peers.items():
-        for setting, step in settings.items():
-            peer_error = problem.error(step, with_bias=not peer.startswith("cut"))
-            if peer_error <= MAX_ERROR[case.dtype]:
-                steps[peer, setting] = step
-            else:
-                rows.append(shape | {"peer": peer, "setting": setting, "not_timed": f"{peer_error:.2g} off"})
-    rows += [shape | {"peer": peer, "not_timed": why} for peer, why in MISSING.items() if peer not in peers]
-    for dtype in {case.dtype, FP32}:
-        steps["three matrix products", str(dtype)] = problem.products(dtype)
-    samples = timing.interleave(steps, repeats)
-    own = {"ours": timing.quantiles(samples["ours"]), "ours_error": error, "ours_peak_bytes": timing.peak_bytes(ours)}
-    for peer in dict.fromkeys(key[0] for key in steps if key != "ours"):
-        settings = {key[1]: timing.quantiles(samples[key]) for key in steps if key[0] == peer}
-        best = min(settings, key=lambda name: settings[name]["p50_ms"])
-        row = shape | own | {"peer": peer, "settings": settings, "best": best}
-        if peer == "three matrix products":
-            row["ours_over_products"] = {
-                setting: timing.ratio(samples["ours"], samples[peer, setting]) for setting in settings
-            }
+        once_ms[peer] = {name: timing.interleave({name: step}, 1, warmup=1)[name][0] for name, step in settings.items()}
+        limit_ms = 2 * min(once_ms[peer].values())
+        steps |= {(peer, name): step for name, step in settings.items() if once_ms[peer][name] <= limit_ms}
+    samples = timing.interleave(steps, repeats, warmup=1)
+    own = {"ours": timing.quantiles(samples["ours"]), "ours_peak_bytes": timing.peak_bytes(ours)}
+    for peer, once in once_ms.items():
+        settings = {name: {"once_ms": round(ms, 4)} for name, ms in once.items()}
+        for key in steps:
+            if key[0] == peer:
+                ratio = timing.ratio(samples[key], samples["ours"])
+                settings[key[1]] = timing.quantiles(samples[key]) | {"ratio": ratio}
+        best = min(settings, key=lambda name: settings[name].get("p50_ms", float("inf")))
+        row = own | {"peer": peer, "settings": settings, "best": best, "ratio": settings[best]["ratio"]}
+        if peer == PRODUCTS:
+            row["ours_over_products"] = timing.ratio(samples["ours"], samples[peer, best])
         else:
-            row["ratio"] = timing.ratio(samples[peer, best], samples["ours"])
-            row["ratios"] = {setting: timing.ratio(samples[peer, setting], samples["ours"]) for setting in settings}
             row["peer_peak_bytes"] = timing.peak_bytes(steps[peer, best])
         rows.append(row)
-        print(f"{case.name} | {peer} | {row.get('ratios') or row['ours_over_products']}", flush=True)
-    return rows
+        print(f"{case.name} | {peer} | {row['ratio']} x ours, best: {best}", flush=True)
+    return [shape | row for row in rows]
 
 
 def main(argv: list[str] | None = None) -> int:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cases = {case.name: case for case in (GPU_CASES if device == "cuda" else CPU_CASES)}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", default="", help="only those whose name contains this")
+    parser.add_argument("--cases", nargs="+", choices=cases, default=list(cases), metavar="NAME", help="default: all")
     parser.add_argument("--repeats", type=int, default=20, help="rounds of the interleaved timing")
     args = parser.parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    cases = [case for case in (GPU_CASES if device == "cuda" else CPU_CASES) if args.cases in case.name]
-    if not cases:
-        parser.error(f"--cases {args.cases}: no case has such a name")
-    rows = [row for case in cases for row in measure(case, device, args.repeats)]
+    rows = [row for name in args.cases for row in measure(cases[name], device, args.repeats)]
     timing.write_result(f"masked_lm_loss_{device}", rows, "liger-kernel", "cut-cross-entropy")
     return 0
 

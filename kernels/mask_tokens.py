@@ -7,6 +7,8 @@ runs on a CPU.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -29,14 +31,9 @@ class MaskedTokens(NamedTuple):
     overflow: Tensor  # () int32, chosen tokens that found no row and were left as they are; must be 0
 
 
-class Captions(NamedTuple):
-    """What the captions of a call are: its arguments under their names there."""
-
-    tags: Tensor
-    scores: Tensor | None
-    starts: Tensor
-    key: Tensor
-    bit_weights: Tensor | None = None
+def _pick(values: Tensor, places: Tensor) -> Tensor:
+    """values[places] along the first dimension, without waking all threads of a CPU for a few thousand numbers."""
+    return values.index_select(0, places)
 
 
 class _Layout:
@@ -46,9 +43,10 @@ class _Layout:
         self.starts = caption_starts.long()
         self.lengths = self.starts.diff()  # (C,)
         self.place = torch.arange(num_tokens, device=caption_starts.device)  # (T,) index inside the batch
-        index = torch.arange(len(self.lengths), device=caption_starts.device)
-        self.caption = index.repeat_interleave(self.lengths, output_size=num_tokens)  # (T,)
-        self.position = self.place - self.starts[self.caption]  # (T,) index inside the caption
+        # Counts the captions that have ended. Not repeat_interleave: it starts all threads for a few thousand numbers.
+        ends, one = torch.zeros(num_tokens + 1, dtype=torch.int64, device=self.place.device), self.starts.new_ones(())
+        self.caption = ends.scatter_add_(0, self.starts[1:], one.expand_as(self.lengths))[:-1].cumsum(0)  # (T,)
+        self.position = self.place - _pick(self.starts, self.caption)  # (T,) index inside the caption
 
     def sum_per_caption(self, chosen: Tensor) -> Tensor:
         """(T,) bool → (C,) int64."""
@@ -61,7 +59,7 @@ class _Layout:
             order = torch.argsort(self.caption << 33 | key, stable=True)
         else:
             order = torch.argsort(key, stable=True)
-            order = order[torch.argsort(self.caption[order], stable=True)]
+            order = _pick(order, torch.argsort(_pick(self.caption, order), stable=True))
         return torch.empty_like(order).scatter_(0, order, self.position)
 
     def heads(self, candidate: Tensor, starts_unit: Tensor | None) -> Tensor:
@@ -70,6 +68,21 @@ class _Layout:
             return self.place
         after_gap = (self.position == 0) | ~candidate.roll(1)
         return torch.where(candidate & (starts_unit | after_gap), self.place, 0).cummax(0).values
+
+
+@dataclass(frozen=True)
+class _Captions:
+    """The captions of a call: its arguments, and what follows from them where it is needed."""
+
+    tags: Tensor
+    scores: Tensor | None
+    starts: Tensor
+    key: Tensor
+    bit_weights: Tensor | None
+
+    @cached_property
+    def layout(self) -> _Layout:
+        return _Layout(self.starts, len(self.tags))
 
 
 def _take_units(candidate: Tensor, head: Tensor, budget: Tensor, rank: Tensor, plan: MaskPlan, at: _Layout) -> Tensor:
@@ -82,13 +95,15 @@ def _take_units(candidate: Tensor, head: Tensor, budget: Tensor, rank: Tensor, p
     num_pieces = torch.zeros_like(head).scatter_add_(0, head, candidate.long())
     too_long = 1 << 30
     num_ranks, left = min(plan.max_caption_tokens, len(head)), budget.clone()
-    pieces_by_rank = torch.full((num_ranks, len(left)), too_long, device=head.device)
-    pieces_by_rank[rank, at.caption] = torch.where(is_head, num_pieces, too_long)
+    cell = rank * len(left) + at.caption  # of the table of ranks by captions
+    pieces_by_rank = torch.full((num_ranks * len(left),), too_long, device=head.device)
+    pieces_by_rank.scatter_(0, cell, torch.where(is_head, num_pieces, too_long))
+    pieces_by_rank = pieces_by_rank.view(num_ranks, len(left))
     taken = torch.empty_like(pieces_by_rank, dtype=torch.bool)
     for pieces, fits in zip(pieces_by_rank.unbind(), taken.unbind(), strict=True):
         torch.le(pieces, left, out=fits)
         left -= pieces * fits
-    return candidate & taken[rank, at.caption][head]
+    return candidate & _pick(_pick(taken.flatten(), cell), head)
 
 
 def _take_spans(
@@ -102,13 +117,14 @@ def _take_spans(
     """
     num_pieces = torch.zeros_like(head).scatter_add_(0, head, candidate.long())
     num_ranks, left = min(plan.max_caption_tokens, len(head)), budget.clone()
-    anchors = torch.full((num_ranks, len(left)), -1, device=head.device)
-    anchors[rank, at.caption] = torch.where(candidate, at.place, -1)
+    anchors = torch.full((num_ranks * len(left),), -1, device=head.device)
+    anchors.scatter_(0, rank * len(left) + at.caption, torch.where(candidate, at.place, -1))
+    anchors = anchors.view(num_ranks, len(left))
     # One entry more than there are tokens: what has nowhere to be written goes there.
     span = torch.full((len(head) + 1,), -1, device=head.device)
     last = len(head) - 1
     for anchor in anchors.unbind():
-        first = head[anchor.clamp(min=0)]
+        first = head[anchor.clamp(min=0)]  # (C,) from here on
         unit, wanted = first, num_units[anchor.clamp(min=0)]
         goes_on = (anchor >= 0) & (left > 0)
         for n in range(len(plan.span_lengths)):
@@ -120,7 +136,7 @@ def _take_spans(
             unit = (unit + num_pieces[unit]).clamp(max=last)
         if left.device.type == "cpu" and not left.any():
             break
-    of_piece = span[:-1][head]
+    of_piece = _pick(span, head)
     return candidate & (of_piece >= 0), of_piece.clamp(min=0)
 
 
@@ -129,36 +145,36 @@ def _fill(candidate: Tensor, head: Tensor, count: Tensor, draws, plan: MaskPlan,
     count = torch.minimum(count, at.sum_per_caption(candidate))
     rank = at.rank(candidate & (head == at.place), draws[0])
     units = _take_units(candidate, head, count, rank, plan, at)
-    pieces = candidate & (at.rank(candidate, draws[1]) < count[at.caption])
-    return torch.where((at.sum_per_caption(units) == count)[at.caption], units, pieces)
+    pieces = candidate & (at.rank(candidate, draws[1]) < _pick(count, at.caption))
+    return torch.where(_pick(at.sum_per_caption(units) == count, at.caption), units, pieces)
 
 
 def _shuffle_words(tags: Tensor, maskable: Tensor, draw: Tensor, plan: MaskPlan, at: _Layout) -> Tensor:
     """`tags` (T,) after the words of each caption have traded the bits `plan.shuffled` of their first pieces."""
     head = at.heads(maskable, (tags & plan.word_start) != 0)
     is_head = maskable & (head == at.place)
-    first = at.starts[at.caption]
+    first = _pick(at.starts, at.caption)
     by_draw = torch.empty_like(head).scatter_(0, first + at.rank(is_head, draw), at.place)
-    source = by_draw[first + at.rank(is_head, at.position)]  # of a word: the one whose bits it gets
-    traded = tags[source[head]] & plan.shuffled | tags & ~plan.shuffled
+    source = _pick(by_draw, first + at.rank(is_head, at.position))  # of a word: the one whose bits it gets
+    traded = _pick(tags, _pick(source, head)) & plan.shuffled | tags & ~plan.shuffled
     return torch.where(maskable, traded, tags)
 
 
-def _weights(candidate: Tensor, head: Tensor, tags: Tensor, of: Captions, plan: MaskPlan, at: _Layout) -> Tensor:
+def _weights(candidate: Tensor, head: Tensor, tags: Tensor, of: _Captions, plan: MaskPlan, at: _Layout) -> Tensor:
     """(T,) int64 weight of the unit that begins at each place; 0 for one that may not be drawn."""
     if plan.weights == "bits":
         assert of.bit_weights is not None, "these weights are state: the caller passes them"
         weights = torch.cat([of.bit_weights.long(), torch.ones_like(of.bit_weights[:1], dtype=torch.int64)])
-        return weights[lowest_bit(tags).long()]  # without a bit: the last entry
+        return _pick(weights, lowest_bit(tags).long() % len(weights))  # without a bit: the last entry
     assert of.scores is not None and plan.score < of.scores.shape[1], "these weights need a column of scores"
     score = of.scores[:, plan.score].long()
     if plan.weights == "rank":
         # Candidates of the caption with a higher score: the place of the first equal key in the order of all.
         key = at.caption << 9 | torch.where(candidate, 255 - score, 256)
-        num_higher = torch.searchsorted(key.sort().values, key) - at.starts[at.caption]
-        return at.sum_per_caption(candidate)[at.caption] - num_higher
+        num_higher = torch.searchsorted(key.sort().values, key) - _pick(at.starts, at.caption)
+        return _pick(at.sum_per_caption(candidate), at.caption) - num_higher
     ranked = candidate & (head == at.place) & (score > 0)
-    rank, count = at.rank(ranked, 255 - score), at.sum_per_caption(ranked)[at.caption]
+    rank, count = at.rank(ranked, 255 - score), _pick(at.sum_per_caption(ranked), at.caption)
     weight = torch.zeros_like(head)
     for n, table in enumerate(TOP_WEIGHTS, start=1):
         at_least = n == len(TOP_WEIGHTS)
@@ -167,9 +183,9 @@ def _weights(candidate: Tensor, head: Tensor, tags: Tensor, of: Captions, plan: 
     return weight
 
 
-def _select_one(of: Captions, plan: MaskPlan, draws: tuple[Tensor, ...], at: _Layout) -> tuple[Tensor, Tensor]:
+def _select_one(of: _Captions, plan: MaskPlan, draws: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """One plan on all captions: (T,) bool what is chosen, and (T,) the first place of its unit (of its span)."""
-    tags, maskable = of.tags, (of.tags & plan.maskable) != 0
+    at, tags, maskable = of.layout, of.tags, (of.tags & plan.maskable) != 0
     if plan.shuffled:
         tags = _shuffle_words(tags, maskable, draws[2], plan, at)
     candidate = maskable & ((tags & plan.candidates) != 0) & ((tags & plan.excluded) == 0)
@@ -177,27 +193,27 @@ def _select_one(of: Captions, plan: MaskPlan, draws: tuple[Tensor, ...], at: _La
     key, key_bits = draws[0], 32
     if plan.weights != "equal":
         weights = _weights(candidate, head, tags, of, plan, at)
-        candidate &= weights[head] > 0
+        candidate &= _pick(weights, head) > 0
         key, key_bits = race_keys(draws[0], weights.clamp(min=1)), KEY_BITS
     is_head, budget, group = candidate & (head == at.place), plan.budget(at.lengths), head
     if plan.amount == "all":
         chosen = candidate
     elif plan.amount == "rate":
-        chosen = candidate & (draws[0][head] < round(plan.rate * 2**32))
+        chosen = candidate & (_pick(draws[0], head) < round(plan.rate * 2**32))
     elif plan.amount == "one":
-        chosen = candidate & (at.rank(is_head, key, key_bits)[head] == 0)
+        chosen = candidate & (_pick(at.rank(is_head, key, key_bits), head) == 0)
     elif plan.span_lengths:
         num_units = 1 + sum((draws[1] >= limit).long() for limit in plan.span_lengths[:-1])
         chosen, group = _take_spans(candidate, head, budget, at.rank(candidate, draws[0]), num_units, plan, at)
     elif not plan.unit_start:
-        chosen = candidate & (at.rank(candidate, key, key_bits) < budget[at.caption])
+        chosen = candidate & (at.rank(candidate, key, key_bits) < _pick(budget, at.caption))
     elif plan.exact:
         chosen = _fill(candidate, head, budget, draws[:2], plan, at)
     else:
         chosen = _take_units(candidate, head, budget, at.rank(is_head, key, key_bits), plan, at)
     if plan.otherwise is not None:
-        other, other_group = _select_one(of, plan.otherwise, draws, at)
-        empty = (at.sum_per_caption(candidate) == 0)[at.caption]
+        other, other_group = _select_one(of, plan.otherwise, draws)
+        empty = _pick(at.sum_per_caption(candidate) == 0, at.caption)
         chosen, group = chosen | other & empty, torch.where(empty, other_group, group)
     if plan.matched:
         group = at.heads(maskable, (of.tags & plan.word_start) != 0)
@@ -216,29 +232,29 @@ def caption_arms(caption_key: Tensor, plan: MaskPlan | MaskMix, seed: int, epoch
     return arm
 
 
-def _select(of: Captions, plan: MaskPlan | MaskMix, seed: int, epoch: int) -> tuple[Tensor, Tensor | None]:
+def _select(of: _Captions, plan: MaskPlan | MaskMix, seed: int, epoch: int) -> tuple[Tensor, Tensor | None]:
     """(T,) bool what is chosen, and (T,) the place whose draw decides each replacement; None if it is the own one."""
     first, *others = plans_of(plan)
     if not others and first.amount == "all" and not (first.matched or first.shuffled or first.otherwise):
         chosen = ((of.tags & first.maskable) != 0) & ((of.tags & first.candidates) != 0)
         return (chosen & ((of.tags & first.excluded) == 0) if first.excluded else chosen), None
-    at = _Layout(of.starts, len(of.tags))
+    at = of.layout
     # Words 0 and 1 choose units and pieces of the plan, 2 and 3 those of its twin, which must not follow the plan's.
     draws = draw_words(SELECT, at.position, at.caption, of.key, seed, epoch)
-    chosen, group = _select_one(of, first, draws, at)
+    chosen, group = _select_one(of, first, draws)
     if not others:
         return chosen, group if first.replace_units else None
     group = group if first.replace_units else at.place
-    arm = caption_arms(of.key, plan, seed, epoch)[at.caption]
+    arm = _pick(caption_arms(of.key, plan, seed, epoch), at.caption)
     for i, other in enumerate(others, start=1):
-        other_chosen, other_group = _select_one(of, other, draws, at)
+        other_chosen, other_group = _select_one(of, other, draws)
         other_group = other_group if other.replace_units else at.place
         chosen, group = torch.where(arm == i, other_chosen, chosen), torch.where(arm == i, other_group, group)
     return chosen, group
 
 
 def _replacements(
-    targets: Tensor, index: Tensor, group: Tensor | None, of: Captions, plan: MaskPlan | MaskMix, seed: int, epoch: int
+    targets: Tensor, index: Tensor, group: Tensor | None, of: _Captions, plan: MaskPlan | MaskMix, seed: int, epoch: int
 ) -> Tensor:
     """(M,) int32: what stands in the place of each target. index (M,) int64; group (M,) int64 or None.
 
@@ -247,17 +263,15 @@ def _replacements(
     plans = plans_of(plan)
     if all(p.thresholds[0] == 2**32 for p in plans):
         return torch.full_like(targets, plans[0].mask_id)
-    starts = of.starts.long()
-    caption = torch.searchsorted(starts, index, right=True) - 1
-    first = starts[caption]
+    position, caption = of.layout.position, _pick(of.layout.caption, index)
     # One call for both draws: what [MASK] competes with is drawn for the group, the random token for the piece.
-    positions = torch.cat([(index if group is None else group) - first, index - first])
+    positions = torch.cat([_pick(position, index if group is None else group), _pick(position, index)])
     purposes = torch.tensor([REPLACE, VALUE], device=index.device).repeat_interleave(len(index))
     words = draw_words(purposes, positions, caption.repeat(2), of.key, seed, epoch)[0]
     kind, value = words.view(2, len(index))
     mask_below, random_below = (limit if len(plans) == 1 else None for limit in plans[0].thresholds)
     if len(plans) > 1:
-        arm = caption_arms(of.key, plan, seed, epoch)[caption]
+        arm = _pick(caption_arms(of.key, plan, seed, epoch), caption)
         limits = torch.tensor([p.thresholds for p in plans], device=index.device)[arm]
         mask_below, random_below = limits.unbind(1)
     new = torch.where(kind < mask_below, plans[0].mask_id, targets)
@@ -277,7 +291,7 @@ def select_reference(
     scores: Tensor | None = None, bit_weights: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """(T,) bool: the tokens to predict. Arguments as in `mask_tokens`."""
-    return _select(Captions(tags, scores, caption_starts, caption_key, bit_weights), plan, seed, epoch)[0]
+    return _select(_Captions(tags, scores, caption_starts, caption_key, bit_weights), plan, seed, epoch)[0]
 
 
 def mask_tokens_reference(
@@ -285,7 +299,7 @@ def mask_tokens_reference(
     plan: MaskPlan | MaskMix, seed: int, epoch: int, capacity: int, bit_weights: Tensor | None = None,
 ) -> MaskedTokens:  # fmt: skip
     """The readable form of `mask_tokens`, whose arguments it shares."""
-    of = Captions(tags, scores, caption_starts, caption_key, bit_weights)
+    of = _Captions(tags, scores, caption_starts, caption_key, bit_weights)
     chosen, group = _select(of, plan, seed, epoch)
     if tokens.device.type == "cpu":  # where a count may be read at once, the work shrinks to the live rows
         place = chosen.nonzero().flatten()

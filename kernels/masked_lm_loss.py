@@ -72,6 +72,8 @@ class _Loss(torch.autograd.Function):
 
     The factor goes into the (M, D) rows instead of the large (V, D) gradient, which is thus written and rounded once.
     The gradient of the rows is made in the forward: the backward uses no parameter, whose values ZeRO-3 has released.
+    Above MAX_LOGITS_BYTES a chunk's logits cannot wait for the factor: its share of the parameters' gradients is added
+    up at once, in fp32, and takes the factor at the end.
     """
 
     @staticmethod
@@ -93,11 +95,14 @@ class _Loss(torch.autograd.Function):
         ctx.ops, ctx.vocabulary, ctx.dtypes = ops, len(weight), (hidden.dtype, weight.dtype, bias.dtype)
         results = ops.sums(row_loss, hit, targets, bins)
         ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)  # no zeros for the results without a gradient
         return results
 
     @staticmethod
     @once_differentiable
     def backward(ctx, factor, *_):
+        if factor is None:
+            return (None,) * 7
         targets, rows_gradient, *kept = ctx.saved_tensors
         hidden = ctx.ops.scaled(rows_gradient, targets, factor, ctx.dtypes[0])
         if not any(ctx.needs_input_grad[1:3]):
@@ -146,6 +151,7 @@ def masked_lm_loss(
         bins = None if bins is None else bins[:num_live]
     else:
         return masked_lm_loss_reference(hidden_rows, weight, bias, targets, num_masked, bins)
-    with torch.cuda.device_of(hidden_rows):  # Triton launches on the current device
+    # Triton launches on the current device. The dtypes are chosen here, whatever autocast is on.
+    with torch.cuda.device_of(hidden_rows), torch.autocast(hidden_rows.device.type, enabled=False):
         loss_sum, *of_bins = _Loss.apply(hidden_rows, weight, bias, targets, bins, ops, torch.is_grad_enabled())
     return MaskedLMLoss(loss_sum, num_masked, *of_bins)

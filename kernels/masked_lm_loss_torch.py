@@ -53,11 +53,12 @@ def loss_and_gradients(
     the rows (M, D) in fp32 (empty without `with_gradient`)."""
     logits = rows.new_empty(len(rows), len(weight))
     for words, part in _weight_blocks(weight, rows.dtype):
-        torch.addmm(bias[words].to(rows.dtype), rows, part.T, out=logits[:, words])
+        torch.mm(rows, part.T, out=logits[:, words])
+    bias = _widen(bias)  # added after the product: addmm would first copy it into every row
     row_loss, hit = [], []
     blocks = ROW_BLOCK if rows.dtype == torch.bfloat16 else max(1, len(rows))
     for narrow, target in zip(logits.split(blocks), targets.long()[:, None].split(blocks), strict=True):
-        wide = _widen(narrow)
+        wide = _widen(narrow).add_(bias)
         of_target, top = wide.gather(1, target), wide.amax(dim=1, keepdim=True)
         total = wide.sub_(top).exp_().sum(dim=1, keepdim=True)
         wide.mul_(1 / total).scatter_add_(1, target, wide.new_full((), -1).expand_as(target))
@@ -65,10 +66,10 @@ def loss_and_gradients(
             narrow.copy_(wide)
         row_loss.append(top - of_target + total.log())
         hit.append(of_target == top)
-    gradient = rows.new_zeros(rows.shape if with_gradient else 0)
+    gradient = rows.new_empty(rows.shape if with_gradient else 0)
     if with_gradient:
         for words, part in _weight_blocks(weight, rows.dtype):
-            gradient.addmm_(logits[:, words], part)
+            gradient.addmm_(logits[:, words], part, beta=int(words.start > 0))
     return logits, torch.cat(row_loss)[:, 0], torch.cat(hit)[:, 0], _widen(gradient)
 
 

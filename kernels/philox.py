@@ -38,8 +38,8 @@ def draw_words(
     `caption | masking << 16, id_lo, id_hi`, where caption is the index inside the stored sample. seed, epoch: in
     [0, 2³²).
     """
-    words = caption_key.long() & U32
-    return _rounds(position | purpose << 16, *(word[caption] for word in words.t().contiguous()), seed, epoch)
+    words = (caption_key.t().long() & U32).index_select(1, caption)
+    return _rounds(position | purpose << 16, *words, seed, epoch)
 
 
 def _rounds(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: int, k1: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -26,7 +26,7 @@ SOURCE_FLAGS = {
 PATH_FLAGS = {"annotations", "images", "table", "files"}
 NUM_SCENES = 20_000
 # Decide where and how fast the shards are written, not what is in them.
-NOT_IN_COMMAND = ("source", "out", "workers", "part", "max_dropped")
+NOT_IN_COMMAND = ("source", "out", "workers", "engine", "part", "max_dropped")
 TASKS = {
     "verify": "check every hash, image, token and bit of finished shards; exit code 1 names what is wrong",
     "merge": "make one data set of the parts that jobs with --part have written",
@@ -47,8 +47,9 @@ def make_parser(description: str = "") -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("source", nargs="?", default="scenes", choices=SOURCES, help="where images and captions come from")
+    parser.add_argument("source", nargs="?", default="scenes", choices=SOURCES, help="of images and captions")
+    parser.add_argument("--out", metavar="DIR", help="default data/SOURCE")
+    add = parser.add_argument_group("the source").add_argument
     add("--annotations", nargs="+", metavar="F", help="coco, karpathy, albef: the JSON, one file or several")
     add("--split", metavar="S", help="karpathy: train (default), val or test")
     add("--restval", action="store_true", default=None, help="karpathy: add COCO's images marked restval")
@@ -59,9 +60,14 @@ def make_parser(description: str = "") -> Parser:
     add("--caption-column", metavar="C", help="table, parquet (caption), folder with metadata: the column of captions")
     add("--files", nargs="+", metavar="F", help="webdataset, parquet: the .tar or .parquet files that hold the images")
     add("--num-scenes", type=_positive, metavar="N", help=f"scenes: training images, {NUM_SCENES} by default")
-    add("--out", metavar="DIR", help="default data/SOURCE")
+    add("--seed", type=int, default=0, help="of the scenes")
+    add("--limit", type=_positive, metavar="N", help="take the first N records only")
+    add("--exclude", metavar="FILE", help="image keys, file names or COCO ids to leave out, one a line")
+    add = parser.add_argument_group("text").add_argument
     add("--tokenizer", default="train:8192", metavar="T", help="train:N, a vocab.txt, a tokenizer's folder or hub name")
     add("--tagger", default="auto", metavar="T", help="auto, the name or the path of a spaCy model")
+    add("--max-tokens", type=int, default=48, help="per caption, [CLS] and [SEP] included; longer ones are cut")
+    add = parser.add_argument_group("what masks need beyond parts of speech").add_argument
     add("--entities", action="store_true", help="named entities are phrases, too; halves the speed of tagging")
     add("--units", metavar="DIR", help="take collocations, word lists and scores from DIR, the training shards")
     add("--collocations", type=_positive, metavar="N", help="collocations to keep; default: half the words are in one")
@@ -71,16 +77,15 @@ def make_parser(description: str = "") -> Parser:
     add("--concreteness", metavar="F", help="ratings of 1 to 5: a table with Word and Conc.M, or word, tab, number")
     add("--frequencies", metavar="F", help="word counts of general text, for --mask difference: word, tab, count")
     add("--embeddings", metavar="F", help="word vectors for --frequencies, GloVe or word2vec text; default: tagger's")
+    add = parser.add_argument_group("images").add_argument
     add("--image-size", type=_positive, default=256, help="images with a longer short side are shrunk to it, pixels")
     add("--quality", type=int, default=90, help="of JPEGs that have to be encoded again, 1 to 95")
-    add("--max-tokens", type=int, default=48, help="per caption, [CLS] and [SEP] included; longer ones are cut")
+    add = parser.add_argument_group("the run").add_argument
     add("--records-per-part", type=_positive, default=4096, help="a part is written and resumed as a whole")
     add("--workers", type=_positive, default=None, help="processes, all cores by default; never changes the result")
+    add("--engine", default="processes", choices=("processes", "ray"), help="ray: on a Ray cluster; same result")
     add("--part", type=_share, metavar="I/N", help="write only the I-th of N shares of the parts, I from 1; then merge")
-    add("--limit", type=_positive, metavar="N", help="take the first N records only")
-    add("--exclude", metavar="FILE", help="image keys, file names or COCO ids to leave out, one a line")
     add("--max-dropped", type=float, default=0.01, help="share of broken records above which the build fails")
-    add("--seed", type=int, default=0, help="of the scenes")
     return parser
 
 
@@ -118,7 +123,7 @@ def command_line(args: argparse.Namespace) -> str:
     words = ["python", "prep/build_shards.py", args.source]
     for name, value in vars(args).items():
         if name not in NOT_IN_COMMAND and value != defaults.get_default(name):
-            words += [_flag(name), *([] if value is True else _shown(value))]
+            words += [_flag(name), *_shown(value)]
     return shlex.join(words)
 
 
@@ -127,6 +132,9 @@ def _flag(name: str) -> str:
 
 
 def _shown(value: Any) -> list[str]:
+    """A flag's value as it was typed; none for a switch."""
+    if value is True:
+        return []
     return [str(each) for each in value] if isinstance(value, list) else [str(value)]
 
 

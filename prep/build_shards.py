@@ -28,9 +28,10 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
+from functools import partial
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
@@ -39,8 +40,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from posmask.prep import arguments, shards, sources, tagging, units, wordpiece
-from posmask.prep.samples import CHUNK_RECORDS, Captions, Prepared, Recipe, prepare
+from posmask.prep import arguments, inspection, shards, sources, tagging, units, wordpiece
+from posmask.prep.ray_engine import prepare as prepare_on_ray
+from posmask.prep.samples import CHUNK_RECORDS, Prepared, Recipe, is_unicode
+from posmask.prep.samples import prepare as prepare_in_processes
 from posmask.prep.scene_tasks import write_eval_sets
 from posmask.prep.scenes import Scenes
 from posmask.prep.sources import Record
@@ -90,8 +93,15 @@ def run_task(args: argparse.Namespace, task: str) -> int:
         problems = list(verify(args.folder, args.workers or os.cpu_count() or 1))
         for problem in problems[:MAX_PROBLEMS]:
             print(problem)
-        print(f"{args.folder}: {len(problems)} problems" if problems else f"{args.folder}: all good")
+        print(f"{args.folder}: {f'problems: {len(problems)}' if problems else 'all good'}")
         return 1 if problems else 0
+    else:
+        found = inspection.inspect(args.folder)
+        for table in inspection.tables(found):
+            Console().print(table)
+        path = args.html or args.folder / "inspect.html"
+        shards.write_atomically(path, inspection.page(found))
+        print(f"{path}: plots and samples")
     return 0
 
 
@@ -156,13 +166,14 @@ def build(args: argparse.Namespace, source: Sequence[Record], out: Path, like: P
     if shards.build_state(out, config) == "complete":
         print(f"{out}: already complete")
         return
-    captions = Captions(source)
-    if not (out / "tokenizer").is_dir():
-        resources.check(tagger)
-        made = wordpiece.make(str(like / "tokenizer") if like else args.tokenizer, captions)
-        shards.start_build(out, config)
-        wordpiece.save(made, out / "tokenizer")
     if not (out / units.FILE).is_file():
+        # Read once, since scenes are worded anew at each reading; the strings of other sources are in memory anyway.
+        captions = [caption for record in source for caption in record.captions if is_unicode(caption)]
+        if not (out / "tokenizer").is_dir():
+            resources.check(tagger)
+            made = wordpiece.make(str(like / "tokenizer") if like else args.tokenizer, captions)
+            shards.start_build(out, config)
+            wordpiece.save(made, out / "tokenizer")
         encode = wordpiece.CaptionEncoder(out / "tokenizer", args.max_tokens)
         resources = units.Resources(units=like) if like else resources
         resources.make(captions, encode, tagger).save(out / units.FILE)
@@ -180,7 +191,8 @@ def build(args: argparse.Namespace, source: Sequence[Record], out: Path, like: P
     share, num_shares = args.part or (1, 1)
     starts = range(0, len(source), args.records_per_part)
     mine = range(share - 1, len(starts), num_shares)
-    write_parts(source, out, recipe, starts, mine, args.workers or os.cpu_count() or 1)
+    prepare = prepare_on_ray if args.engine == "ray" else prepare_in_processes
+    write_parts(source, out, recipe, starts, mine, partial(prepare, num_workers=args.workers))
     if args.part:
         print(f"{out}: share {share} of {num_shares} is written; when all are, run build_shards.py merge {out}")
     else:
@@ -196,7 +208,12 @@ def merge(out: Path, max_dropped: float) -> None:
 
 
 def write_parts(
-    source: Sequence[Record], out: Path, recipe: Recipe, starts: range, mine: Iterable[int], num_workers: int
+    source: Sequence[Record],
+    out: Path,
+    recipe: Recipe,
+    starts: range,
+    mine: Iterable[int],
+    prepare: Callable[..., Generator[Prepared]],
 ) -> None:
     """Write those of the parts `mine` that are not finished yet; part i begins at record starts[i]."""
     records_per_part = starts.step
@@ -214,7 +231,7 @@ def write_parts(
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
-        closing(prepare(chunks, recipe, min(num_workers, len(spans)))) as results,
+        closing(prepare(chunks, recipe)) as results,
         Progress(*columns, console=console, disable=not console.is_terminal) as progress,
     ):
         total = sum(len(span) for _, span in spans)

@@ -89,7 +89,8 @@ def _normalise(image: Image.Image, data: bytes, max_short_side: int, quality: in
     image.load()
     image = _to_rgb(ImageOps.exif_transpose(image))
     if (size := _fit(image.size, max_short_side)) != image.size:
-        image = image.resize(size, Image.Resampling.BICUBIC)  # antialiased when it shrinks
+        # A triangle filter, antialiased when it shrinks, as training pipelines use; bicubic takes 1.7 times as long.
+        image = image.resize(size, Image.Resampling.BILINEAR)
     image.info.clear()  # the encoder would copy comments from it
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)

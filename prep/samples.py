@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
@@ -43,16 +44,6 @@ class Recipe:
     image_size: int  # limit of the short side, pixels
     quality: int
     max_tokens: int
-
-
-class Captions:
-    """All captions of `source` that are valid Unicode, as often as they are asked for."""
-
-    def __init__(self, source: Iterable[Record]) -> None:
-        self.source = source
-
-    def __iter__(self) -> Iterator[str]:
-        return (caption for record in self.source for caption in record.captions if is_unicode(caption))
 
 
 @dataclass
@@ -169,9 +160,16 @@ def caption_scores(encoded: Encoded, rows: np.ndarray) -> np.ndarray:
     return scores
 
 
-def prepare(chunks: Iterable[Sequence[Record]], recipe: Recipe, num_workers: int) -> Iterator[Prepared]:
-    """The result of every chunk, in order, with few more chunks in flight than there are processes."""
-    if num_workers == 1:
+def prepare(chunks: Iterable[Sequence[Record]], recipe: Recipe, num_workers: int | None) -> Iterator[Prepared]:
+    """The result of every chunk, in order, with few more chunks in flight than there are processes.
+
+    num_workers: None for all cores. A process is started for each, but none for a single chunk.
+    """
+    num_workers = num_workers or os.cpu_count() or 1
+    chunks = iter(chunks)
+    first = list(islice(chunks, 2))
+    chunks = chain(first, chunks)
+    if num_workers == 1 or len(first) < 2:
         yield from map(Preparer(recipe), chunks)
         return
     # Spawned, not forked: torch and the tokenizer may have started threads in this process.

@@ -27,7 +27,7 @@ METADATA_CAPTIONS = ("text", "caption", "captions")
 TRANSLATION = re.compile(r"[a-z]{2,3}(_[A-Za-z]{2,4})?(@\w+)?(\.utf8)?=")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One image with all its captions, as the source has them."""
 

@@ -155,6 +155,7 @@ class Resources:
             else:
                 known = (nlp.vocab[word] for word in counts)
                 vectors = {entry.text: entry.vector.astype(np.float64) for entry in known if entry.has_vector}
+            vectors = {word: vector for word, vector in vectors.items() if vector.any()}
             content = {w: n for w, n in counts.items() if w in vectors and w.isalpha() and not nlp.vocab[w].is_stop}
             anchors = find_anchors(content, frequencies)
             scores["difference"] = word_lists.similarity_scores(vectors, anchors)

@@ -94,8 +94,8 @@ def read_vectors(path: Path, flag: str, wanted: Collection[str]) -> dict[str, np
 
 
 def similarity_scores(vectors: dict[str, np.ndarray], anchors: Collection[str]) -> dict[str, int]:
-    """The largest cosine of each word to an anchor, -1 to 1 as 1 to 255; words with a zero vector are left out."""
-    directions = {word: vector / norm for word, vector in vectors.items() if (norm := np.linalg.norm(vector)) > 0}
+    """The largest cosine of each word to an anchor, -1 to 1 as 1 to 255. No vector may be zero."""
+    directions = {word: vector / np.linalg.norm(vector) for word, vector in vectors.items()}
     targets = np.array([directions[anchor] for anchor in anchors])  # (A, D)
     return {word: _level((float((targets @ vector).max()) + 1) / 2) for word, vector in directions.items()}
 

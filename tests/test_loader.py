@@ -93,7 +93,7 @@ def test_a_caption_masked_again_has_other_masks_beside_the_first(shards, spec):
     samples = [shards[i] for i in range(64)]
     tokenizer = shards.manifest.tokenizer
     vocabulary = {"mask_id": tokenizer.mask_id, "vocab_size": 500, "never_drawn": tokenizer.reserved_ids}
-    plan = parse_mask(spec, tokenizer=vocabulary, bits_computed=shards.manifest.bits_computed, max_tokens=48)
+    plan = parse_mask(spec, tokenizer=vocabulary, bits_computed=shards.manifest.bits_computed, max_tokens=48).at(0.0)
     views = [view(captions_per_image=2, maskings_per_caption=r) for r in (1, 3)]
     once, thrice = (Collator(seen, 0, 64, "cpu", CPU)(samples, 0) for seen in views)
     masked_once, masked = (mask_batch(batch, plan, seed=3) for batch in (once, thrice))

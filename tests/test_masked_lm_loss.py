@@ -155,6 +155,17 @@ def test_chunks_equal_one(make_rows, monkeypatch, dtype):
         torch.testing.assert_close(ours, true, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(make_rows, dtype):
+    *leaves, targets, num_masked, _ = make_rows((61, 33, 507), 50, dtype)
+    expected = masked_lm_loss(*leaves, targets, num_masked).loss_sum
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = masked_lm_loss(*leaves, targets, num_masked).loss_sum
+    assert torch.equal(found, expected)
+    for ours, true in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        assert torch.equal(ours, true)
+
+
 def test_only_what_needs_a_gradient(make_rows):
     hidden, weight, bias, targets, num_masked, _ = make_rows((20, 4, 11), 17)
     expected = torch.autograd.grad(masked_lm_loss_reference(hidden, weight, bias, targets, num_masked).loss_sum, hidden)

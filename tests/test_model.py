@@ -11,8 +11,9 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
 from posmask.kernels.mask_tokens import MaskedTokens
+from posmask.train.attention import Ragged
 from posmask.train.config import PRESETS
-from posmask.train.model import BatchNorm2d, Packing, PosMaskModel
+from posmask.train.model import BatchNorm2d, Packing, PosMaskModel, _reward
 from posmask.train.weights import load_image_weights, load_text_weights
 
 CONFIG = dataclasses.replace(
@@ -203,3 +204,41 @@ def test_batch_norm_keeps_fp32_statistics_under_bf16():
     assert y.dtype == torch.bfloat16 and ours.running_mean.dtype == torch.float32
     torch.testing.assert_close(ours.running_mean, theirs.running_mean, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(ours.running_var, theirs.running_var, atol=1e-5, rtol=1e-4)
+
+
+def test_reward_equals_a_slow_loop(model):
+    """Attention weights times norms of values, by hand; then relative to the most in the caption, summed per bin."""
+    tokens, _, packing = packed()
+    index, bins = torch.tensor([0, 3, 6, 8, 14, 15]), torch.tensor([7, 0, 7, -1, 0, 0])
+    live = torch.tensor([True] * 5 + [False])
+    images = torch.randn(2, CONFIG.num_image_tokens, 32)
+    caption_image = torch.tensor([1, 0, 0, 1])
+    looks = []
+    with torch.no_grad():
+        text = model.encode_text(tokens, packing)
+        model.fuse(text, packing, images, caption_image, index, live, looks=looks)
+        ours = _reward(looks[0], packing.caption[index], len(LENGTHS), live, bins)
+        dense = text
+        for layer in model.fusion[:-1]:
+            owner = caption_image[packing.caption]
+            starts = torch.tensor([0, 1, 2]).int() * images.shape[1]
+            at_image = Ragged(owner, starts, 99, images.shape[1], is_sorted=False)
+            dense = layer(dense, packing.within_captions, images.flatten(0, 1), at_image)
+        last = model.fusion[-1]
+        rows = last.attention(dense, dense, packing.within_captions)
+        cross, expected, taken = last.crossattention.self, torch.zeros(17), {}
+        for i in index[live].tolist():
+            image = images[caption_image[packing.caption[i]]]
+            query, key, value = cross.query(rows[i]), cross.key(image), cross.value(image)
+            per_head = []
+            for h in range(4):
+                part = slice(8 * h, 8 * h + 8)
+                weight = (key[:, part] @ query[part] / 8**0.5).softmax(0)
+                per_head.append(weight * value[:, part].norm(dim=1))
+            taken[i] = torch.stack(per_head).mean(0).sort(descending=True).values[:8].mean().item()
+        for i, b in zip(index[live].tolist(), bins.tolist(), strict=False):
+            most = max(v for j, v in taken.items() if packing.caption[j] == packing.caption[i])
+            if b >= 0:
+                expected[b] += taken[i] / most
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    assert expected[0] > 0 and expected[7] > 1

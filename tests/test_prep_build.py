@@ -248,7 +248,8 @@ def test_scenes_share_one_vocabulary_and_come_with_evaluation_sets(tmp_path, cap
 
 
 def test_duplicate_names_and_empty_sources_are_refused(tmp_path):
-    from posmask.prep.build_shards import build, fingerprint, make_parser
+    from posmask.prep.arguments import make_parser
+    from posmask.prep.build_shards import build, fingerprint
     from posmask.prep.sources import Record, Source
 
     twice = Source("s", "l", [Record("a", ("x",), bytes), Record("a", ("y",), bytes)])

@@ -2,13 +2,16 @@
 
 import io
 import multiprocessing
+import os
 import random
+import sys
 import time
 
 import pytest
 from PIL import Image
 
 from posmask.prep.build_shards import main
+from posmask.prep.samples import Preparer
 
 NUM_KILLS = 25
 NUM_PICTURES = 60
@@ -73,6 +76,31 @@ def test_a_wrong_share_is_refused(pictures, tmp_path, capsys, share):
 def test_three_processes_give_the_same_bytes(pictures, uninterrupted, tmp_path):
     assert main(arguments(pictures, tmp_path / "out", "--workers", "3")) == 0
     assert files(tmp_path / "out") == uninterrupted
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_bytes_even_if_it_loses_an_actor(pictures, uninterrupted, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    died = tmp_path / "died"
+    prepare_records = Preparer.__call__
+
+    def die_once(self, records):
+        if not died.exists():
+            died.write_text("")
+            os._exit(1)
+        return prepare_records(self, records)
+
+    monkeypatch.setattr(Preparer, "__call__", die_once)
+    assert main(arguments(pictures, tmp_path / "out", "--engine", "ray")) == 0
+    assert died.exists()
+    assert not ray.is_initialized()
+    assert files(tmp_path / "out") == uninterrupted
+
+
+def test_without_ray_its_engine_is_refused(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(arguments(pictures, tmp_path / "out", "--engine", "ray")) == 2
+    assert "--engine ray needs Ray: pip install 'posmask[ray]'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

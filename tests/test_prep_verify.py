@@ -85,7 +85,7 @@ def test_a_flipped_bit_ends_with_exit_code_1_and_names(out, capsys):
     printed = capsys.readouterr().out
     assert "part-00002.00000.mds is damaged: its sha256 differs from the index; sample " in printed
     assert "(8.jpg)" in printed or "(9.jpg)" in printed
-    assert "1 problem" in printed
+    assert "problems: 1" in printed
 
 
 def edit(path, change):

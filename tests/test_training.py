@@ -68,6 +68,17 @@ def test_continued_run_equals_the_uninterrupted_one(scenes, tmp_path, stage, dty
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.parametrize("mask", ["weighted", "decay:noun->bandit@0.3"])
+def test_a_mask_that_changes_during_training_is_continued(scenes, tmp_path, mask):
+    assert pretrain.main(flags(scenes, tmp_path / "whole", mask=mask)) == 0
+    assert pretrain.main(flags(scenes, tmp_path / "rest", "--resume", f"{tmp_path}/whole@3", mask=mask)) == 0
+    whole, rest = log_of(tmp_path / "whole"), log_of(tmp_path / "rest")
+    assert [line for line in whole if line["step"] > 3] == rest
+    policies = [json.loads((tmp_path / f"whole/checkpoints/step-000000{step}/state.json").read_text())["policy"]
+                for step in (3, 6)]  # fmt: skip
+    assert policies[0] != policies[1], "it has learned something"
+
+
 def test_the_same_command_twice(scenes, tmp_path):
     for name in ("a", "b"):
         assert pretrain.main(flags(scenes, tmp_path / name, mask="random")) == 0

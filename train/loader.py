@@ -137,7 +137,7 @@ class Collator:
 
     def __call__(self, samples: list[dict], epoch: int) -> Batch:
         num_given = len(samples)
-        samples, images = self._images(samples, epoch)
+        samples, images = self.decode_images(samples, epoch)
         ids = np.array([sample["id"] for sample in samples], np.uint64)
         tokens, tags, scores, lengths, caption_image, caption_words = [], [], [], [], [], []
         chosen = self._draw_captions(samples, ids, epoch)
@@ -185,7 +185,7 @@ class Collator:
         runs = np.split(race, np.cumsum(counts)[:-1])
         return [sorted(np.argsort(run, kind="stable")[:k].tolist()) for run in runs]
 
-    def _images(self, samples: list[dict], epoch: int) -> tuple[list[dict], Tensor]:
+    def decode_images(self, samples: list[dict], epoch: int) -> tuple[list[dict], Tensor]:
         """The samples whose image could be decoded, and their images."""
         samples, pixels = list(samples), None
         while pixels is None:

@@ -210,6 +210,15 @@ def weighted() -> Arm:
     )  # fmt: skip
 
 
+@register("bandit", "after Tou and Sun 2024, with a bandit for their agent")
+def bandit() -> Arm:
+    """whole words, 30 % of the tokens, sooner those of the parts of speech that look at the image; always [MASK]"""
+    return Arm(
+        MASKABLE, "budget", ALWAYS_MASK, frozenset({"upos"}), unit_start=WORD_START, exact=False, rate=0.3,
+        weights="bits", policy="reward", amounts=("budget",),
+    )  # fmt: skip
+
+
 @register("none", "control")
 def nothing() -> Arm:
     """nothing, for a run without masked language modelling (--objectives itm)"""

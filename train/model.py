@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 
-from posmask.kernels.masked_lm_loss import MaskedLMLoss, masked_lm_loss
+from posmask.kernels.masked_lm_loss import NUM_BINS, MaskedLMLoss, masked_lm_loss
 from posmask.train.attention import Ragged
 from posmask.train.config import ModelConfig
+
+TOP_KEYS = 8  # image tokens that count in `Attention.looks`
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -115,6 +117,22 @@ class Attention(nn.Module):
         query, key, value = self.self.query(query_QD), self.self.key(key_KD), self.self.value(key_KD)
         return self.output(attend(query, key, value, self.num_heads), query_QD)
 
+    @torch.no_grad()
+    def looks(self, query_QD: Tensor, key_KD: Tensor, num_sequences: int, owner: Tensor) -> Tensor:
+        """(Q,) float32: how much each row takes from the keys of its sequence `owner` (Q,), all of one length.
+
+        The weight of a key times the norm of its value (arXiv 2004.10102), mean over heads and the TOP_KEYS largest.
+        """
+        heads = (self.num_heads, -1)
+        query = self.self.query(query_QD).unflatten(-1, heads)
+        key, value = (
+            layer(key_KD).unflatten(-1, heads).unflatten(0, (num_sequences, -1))
+            for layer in (self.self.key, self.self.value)
+        )
+        scores = torch.einsum("qhd,qnhd->qhn", query, key[owner]).float() / query.shape[-1] ** 0.5
+        taken = scores.softmax(-1) * value.float().norm(dim=-1).transpose(1, 2)[owner]
+        return taken.mean(1).topk(min(TOP_KEYS, taken.shape[-1])).values.mean(-1)
+
 
 class Intermediate(nn.Module):
     def __init__(self, config: ModelConfig):
@@ -136,11 +154,17 @@ class Layer(nn.Module):
         self.intermediate = Intermediate(config)
         self.output = SelfOutput(4 * config.width, config.width)
 
-    def forward(self, x_TD: Tensor, attend: Ragged, image_KD=None, attend_image=None, index=None) -> Tensor:
-        """(T, D), or the rows `index` (M,) of it; all tokens are keys of its self-attention in either case."""
+    def forward(self, x_TD: Tensor, attend: Ragged, image_KD=None, attend_image=None, index=None, looks=None) -> Tensor:
+        """(T, D), or the rows `index` (M,) of it; all tokens are keys of its self-attention in either case.
+
+        looks: a list that receives `Attention.looks` of the cross-attention.
+        """
         rows = x_TD if index is None else x_TD.index_select(0, index)
         rows = self.attention(rows, x_TD, attend)
         if image_KD is not None:
+            if looks is not None:
+                num_images = attend_image.key_starts.numel() - 1
+                looks.append(self.crossattention.looks(rows, image_KD, num_images, attend_image.owner))
             rows = self.crossattention(rows, image_KD, attend_image)
         return self.output(self.intermediate(rows), rows)
 
@@ -273,11 +297,13 @@ class PosMaskModel(nn.Module):
     def fuse(
         self, text_TD: Tensor, packing: Packing, image_BND: Tensor, caption_image: Tensor,
         index: Tensor | None = None, live: Tensor | None = None, max_image_tokens: int | None = None,
+        looks: list | None = None,
     ) -> Tensor:  # fmt: skip
         """(T, D) x (B, N, D) -> (T, D), or its rows `index` (M,) alone, which the last layer then works out alone.
 
         caption_image (C,) int32 says which image each caption belongs to. live (M,) bool, as in `Ragged`: spare rows of
-        the result mean nothing. max_image_tokens bounds the text tokens of one image (by default: all of them).
+        the result mean nothing. max_image_tokens bounds the text tokens of one image (by default: all of them). looks:
+        a list that receives how much each row takes from its image in the last layer.
         """
         num_images, num_image_tokens = image_BND.shape[:2]
         image_KD = image_BND.flatten(0, 1)
@@ -289,9 +315,9 @@ class PosMaskModel(nn.Module):
         for layer in layers:
             text_TD = layer(text_TD, packing.within_captions, image_KD, attend_image)
         if index is None:
-            return last(text_TD, packing.within_captions, image_KD, attend_image)
+            return last(text_TD, packing.within_captions, image_KD, attend_image, looks=looks)
         attend_image = Ragged(owner[index], starts, most, num_image_tokens, is_sorted=False, live=live)
-        return last(text_TD, packing.rows_within_captions(index, live), image_KD, attend_image, index)
+        return last(text_TD, packing.rows_within_captions(index, live), image_KD, attend_image, index, looks)
 
     def predict(self, rows_MD: Tensor, targets: Tensor, num_masked: Tensor, bins=None) -> MaskedLMLoss:
         """The masked-LM loss of fused rows (M, D); see `masked_lm_loss` for the rest."""
@@ -301,11 +327,12 @@ class PosMaskModel(nn.Module):
         """(M, D) of fused text -> (M, V), for evaluations that want more than the loss."""
         return F.linear(self.head.transform(rows_MD), self.embeddings.word_embeddings.weight, self.head.bias)
 
-    def forward(self, batch, masked, bins: Tensor | None, pairs=None):
-        """The masked-LM loss; with `pairs` the losses (mlm, itm, itc) of the three, None for those without a head.
+    def forward(self, batch, masked, bins: Tensor | None, pairs=None, with_reward: bool = False):
+        """The masked-LM loss; with `pairs` or a reward (mlm, itm, itc, reward), None for what there is none of.
 
         batch: `loader.Batch` on the device; masked: `MaskedTokens` of it; bins (M,): POS of each masked row;
-        pairs: `objectives.Pairs` of it.
+        pairs: `objectives.Pairs` of it. The reward (17,) float32 is the sum over the masked tokens of each bin of how
+        much they take from the image, relative to the most in their caption.
         """
         index, targets = masked.index, masked.targets
         if not index.is_cuda:  # the host knows the count: leave the spare rows out, all but one if none is live
@@ -315,11 +342,17 @@ class PosMaskModel(nn.Module):
         packing = Packing.of(batch.caption_starts, batch.tokens.numel(), batch.max_caption_tokens)
         image_BND = self.image(batch.images)
         text_TD = self.encode_text(masked.tokens, packing)
+        looks = [] if with_reward else None
         rows_MD = self.fuse(
-            text_TD, packing, image_BND, batch.caption_image, index, targets >= 0, batch.max_image_tokens
+            text_TD, packing, image_BND, batch.caption_image, index, targets >= 0, batch.max_image_tokens, looks
         )
         mlm = self.predict(rows_MD, targets, masked.num_masked, bins)
-        return mlm if pairs is None else (mlm, *self.match(batch, packing, image_BND, pairs))
+        if pairs is None and not with_reward:
+            return mlm
+        itm, itc = (None, None) if pairs is None else self.match(batch, packing, image_BND, pairs)
+        num_captions = packing.starts.numel() - 1
+        reward = _reward(looks[0], packing.caption[index], num_captions, targets >= 0, bins) if with_reward else None
+        return mlm, itm, itc, reward
 
     def match(self, batch, packing: Packing, image_BND: Tensor, pairs) -> tuple[MatchLoss | None, MatchLoss | None]:
         """The losses of itm and itc, on captions without masks."""
@@ -334,6 +367,15 @@ class PosMaskModel(nn.Module):
             is_match = torch.cat([torch.ones_like(pairs.weight), torch.zeros_like(pairs.weight)])
             itm = self.itm.loss(logit, is_match, pairs.weight.repeat(2))
         return itm, itc
+
+
+def _reward(looks: Tensor, caption: Tensor, num_captions: int, live: Tensor, bins: Tensor) -> Tensor:
+    """(17,) sums per bin of looks (M,) over the largest among the live rows of the same caption (M,) int64."""
+    looks = torch.where(live, looks, 0)
+    most = looks.new_zeros(num_captions).scatter_reduce_(0, caption, looks, "amax")
+    share = looks / most[caption].clamp(min=1e-12)
+    member = (bins == torch.arange(NUM_BINS, device=bins.device)[:, None]) & live
+    return torch.where(member, share, 0).sum(dim=1)
 
 
 def _replace_batch_norm(module: nn.Module) -> None:

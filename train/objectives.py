@@ -37,12 +37,13 @@ class Losses(NamedTuple):
     """Of one micro-batch; None for an objective without a head."""
 
     mlm: MaskedLMLoss
-    itm: MatchLoss | None
-    itc: MatchLoss | None
+    itm: MatchLoss | None = None
+    itc: MatchLoss | None = None
+    reward: Tensor | None = None  # (17,) float32, see `PosMaskModel.forward`
 
     def scaled_sum(self, counts: Tensor, factor: float) -> Tensor:
         """The sum of the objectives' means: each loss_sum over its global count (3,), times `factor`."""
-        parts = zip(self, counts, strict=True)
+        parts = zip(self[:3], counts, strict=True)
         return sum(losses.loss_sum * (factor / count) for losses, count in parts if losses is not None)
 
 
@@ -62,11 +63,14 @@ def masked_lm(model: torch.nn.Module, batch: Batch, masked: MaskedTokens) -> Mas
     return model(batch, masked, lowest_bit(batch.tags.index_select(0, masked.index)))
 
 
-def all_losses(model: torch.nn.Module, batch: Batch, masked: MaskedTokens, pairs: Pairs | None) -> Losses:
+def all_losses(
+    model: torch.nn.Module, batch: Batch, masked: MaskedTokens, pairs: Pairs | None, with_reward: bool = False
+) -> Losses:
     """Losses of every objective; pairs: None if masked language modelling is the only one."""
-    if pairs is None:
-        return Losses(masked_lm(model, batch, masked), None, None)
-    return Losses(*model(batch, masked, lowest_bit(batch.tags.index_select(0, masked.index)), pairs))
+    if pairs is None and not with_reward:
+        return Losses(masked_lm(model, batch, masked))
+    bins = lowest_bit(batch.tags.index_select(0, masked.index))
+    return Losses(*model(batch, masked, bins, pairs, with_reward))
 
 
 def pair_batch(batch: Batch, vocab_size: int, seed: int) -> Pairs:

@@ -8,23 +8,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from posmask.kernels.masked_lm_loss import NUM_BINS, MaskedLMLoss
+from posmask.kernels.masked_lm_loss import NUM_BINS
 from posmask.train.engine import World
+from posmask.train.objectives import Losses
+
+RESOLUTION = 1 << 16  # of the integer weights
 
 
 class Policy:
-    """The policy of an arm that learns nothing."""
+    """The policy of an arm that learns nothing. Others name their state, (17,) float64 tensors, in `kept`."""
 
+    kept: tuple[str, ...] = ()
+    wants_reward = False
     bit_weights: Tensor | None = None  # (17,) int32 of at least 1, as `mask_tokens` takes them
 
-    def update(self, losses: list[MaskedLMLoss], world: World) -> None:
+    def __init__(self, device: torch.device):
+        for name in self.kept:
+            setattr(self, name, torch.zeros(NUM_BINS, dtype=torch.float64, device=device))
+        self.weigh()
+
+    def weigh(self) -> None:
+        """Makes bit_weights of the state."""
+
+    def update(self, of_step: list[Losses], world: World) -> None:
         """Takes in the micro-batches of a step, on all ranks; nothing waits."""
 
     def state(self) -> dict[str, list[float]]:
-        return {}
+        return {name: getattr(self, name).tolist() for name in self.kept}
 
     def restore(self, state: dict[str, list[float]]) -> None:
-        assert not state, f"a checkpoint with the policy {sorted(state)}, which this arm lacks"
+        for name in self.kept:
+            getattr(self, name).copy_(torch.tensor(state[name], dtype=torch.float64))
+        self.weigh()
+
+
+def _step_sums(values: list[Tensor], counts: list[Tensor], world: World) -> tuple[Tensor, Tensor]:
+    """(17,) float64 sums of both over the micro-batches of a step on all ranks."""
+    pairs = zip(values, counts, strict=True)
+    return world.sum(sum(torch.stack([value.double(), count.double()]) for value, count in pairs)).unbind()
 
 
 class LossWeights(Policy):
@@ -36,38 +57,55 @@ class LossWeights(Policy):
     """
 
     DECAY = 0.999
-    RESOLUTION = 1 << 16  # of the integer weights
+    kept = ("average", "steps")  # steps: in which the part of speech was masked
 
-    def __init__(self, device: torch.device):
-        self.average = torch.zeros(NUM_BINS, dtype=torch.float64, device=device)
-        self.steps = torch.zeros_like(self.average)  # in which the part of speech was masked
-        self._weigh()
-
-    def update(self, losses: list[MaskedLMLoss], world: World) -> None:
-        sums = world.sum(sum(torch.stack([part.bin_loss.double(), part.bin_count.double()]) for part in losses))
-        loss, count = sums.unbind()
+    def update(self, of_step: list[Losses], world: World) -> None:
+        losses = [part.mlm for part in of_step]
+        loss, count = _step_sums([part.bin_loss for part in losses], [part.bin_count for part in losses], world)
         seen = count > 0
         moved = self.DECAY * self.average + (1 - self.DECAY) * loss / count.clamp(min=1)
         self.average = torch.where(seen, moved, self.average)
         self.steps += seen
-        self._weigh()
+        self.weigh()
 
-    def _weigh(self) -> None:
+    def weigh(self) -> None:
         seen = self.steps > 0
         level = self.average / (1 - self.DECAY**self.steps).clamp(min=1e-9)
         num_seen = seen.sum().clamp(min=1)
         offset = torch.where(seen, level - torch.where(seen, level, 0).sum() / num_seen, 0)
         deviation = (offset.square().sum() / num_seen).sqrt()
         weight = torch.sigmoid(2 * offset / deviation.clamp(min=1e-9))
-        self.bit_weights = (weight * self.RESOLUTION).round().clamp(min=1).int()
-
-    def state(self) -> dict[str, list[float]]:
-        return {"average": self.average.tolist(), "steps": self.steps.tolist()}
-
-    def restore(self, state: dict[str, list[float]]) -> None:
-        self.average.copy_(torch.tensor(state["average"], dtype=torch.float64))
-        self.steps.copy_(torch.tensor(state["steps"], dtype=torch.float64))
-        self._weigh()
+        self.bit_weights = (weight * RESOLUTION).round().clamp(min=1).int()
 
 
-POLICIES = {"": lambda device: Policy(), "loss": LossWeights}
+class Bandit(Policy):
+    """Parts of speech whose masked tokens look at the image are drawn sooner: a gradient bandit over the 17.
+
+    Reward of a masked token: what it takes from the image, relative to the most in its caption (the reward of Tou and
+    Sun 2024, whose agent scores tokens instead). Rule: gradient bandit with a running baseline, Sutton and Barto,
+    "Reinforcement Learning", section 2.8, a step's draws at once.
+    """
+
+    LEARNING_RATE = 0.5
+    DECAY = 0.99  # of the baseline
+    wants_reward = True
+    kept = ("preference", "baseline")
+
+    def update(self, of_step: list[Losses], world: World) -> None:
+        rewards, counts = [part.reward for part in of_step], [part.mlm.bin_count for part in of_step]
+        reward, count = _step_sums(rewards, counts, world)
+        total = count.sum().clamp(min=1)
+        # The first step sets the baseline.
+        mean = reward.sum() / total
+        self.baseline = torch.where(self.baseline > 0, self.DECAY * self.baseline + (1 - self.DECAY) * mean, mean)
+        advantage = (reward - count * self.baseline) / total
+        self.preference = self.preference + self.LEARNING_RATE * (
+            advantage - self.preference.softmax(0) * advantage.sum()
+        )
+        self.weigh()
+
+    def weigh(self) -> None:
+        self.bit_weights = (self.preference.softmax(0) * RESOLUTION).round().clamp(min=1).int()
+
+
+POLICIES: dict[str, type[Policy]] = {"": Policy, "loss": LossWeights, "reward": Bandit}

@@ -142,12 +142,12 @@ def train(
             set_learning_rate(engine, learning_rate(config, step - 1))
             of_step = []
             for batch, mask, pairs in zip(micro, masked, paired, strict=True):
-                losses = all_losses(engine, batch, mask, pairs)
+                losses = all_losses(engine, batch, mask, pairs, policy.wants_reward)
                 # DeepSpeed averages over ranks and accumulation steps; ours are sums over the whole step.
                 engine.backward(losses.scaled_sum(divisors, world.size * accumulation))
                 engine.step()
                 window.add(batch, mask, losses)
-                of_step.append(losses.mlm)
+                of_step.append(losses)
             policy.update(of_step, world)
 
             last = step == config.steps

@@ -1,0 +1,157 @@
+"""Masking a batch: ours on packed captions with stored tags, against Hugging Face's collators and spaCy while training.
+
+    python benchmarks/bench_masking.py --data data/scenes/train
+
+512 captions of the shards. Peers: DataCollatorForLanguageModeling (whole: pad and mask; its mask step alone, on a batch
+that is padded already), DataCollatorForWholeWordMask, and a collate function that tags with spaCy (batches of 256, the
+components that tags don't need left out) and masks nouns. Before any timing, rates and the nouns found are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from timing import interleave, quantiles, ratio, write_result
+from transformers import AutoTokenizer, DataCollatorForLanguageModeling, DataCollatorForWholeWordMask
+
+from posmask.kernels.mask_tokens import MaskedTokens, mask_tokens
+from posmask.prep.pos import MASKABLE, UPOS_BIT
+from posmask.train.capacity import capacity
+from posmask.train.loader import Shards, caption_keys
+from posmask.train.masking import parse_mask
+
+NUM_CAPTIONS = 512
+ARMS = ("noun", "random", "whole-word", "matched:noun", "span")
+
+
+def make_batch(shards: Shards, device: torch.device) -> SimpleNamespace:
+    """The first captions of the shards, packed as the loader packs them, and as texts."""
+    columns: dict[str, list] = {name: [] for name in ("tokens", "tags", "lengths", "ids", "captions", "texts")}
+    for i in range(len(shards)):
+        sample = shards[i]
+        for name in ("tokens", "tags"):
+            columns[name].append(sample[name])
+        columns["lengths"] += sample["caption_lengths"].tolist()
+        columns["ids"] += [sample["id"]] * len(sample["captions"])
+        columns["captions"] += range(len(sample["captions"]))
+        columns["texts"] += sample["captions"]
+        if len(columns["lengths"]) >= NUM_CAPTIONS:
+            break
+    starts = np.concatenate([[0], np.cumsum(columns["lengths"][:NUM_CAPTIONS])]).astype(np.int32)
+    tags = np.concatenate(columns["tags"])[: starts[-1]]
+    tokens = np.concatenate(columns["tokens"])[: starts[-1]].astype(np.int32)
+    key = caption_keys(np.array(columns["ids"][:NUM_CAPTIONS], np.uint64), np.array(columns["captions"][:NUM_CAPTIONS]))
+    return SimpleNamespace(
+        tokens=torch.from_numpy(tokens).to(device), tags=torch.from_numpy(tags.view(np.int32)).to(device),
+        starts=torch.from_numpy(starts).to(device), key=key.to(device), host_tags=tags, host_starts=starts,
+        texts=columns["texts"][:NUM_CAPTIONS],
+    )  # fmt: skip
+
+
+def our_step(shards: Shards, batch: SimpleNamespace, arm: str) -> Callable[[int], MaskedTokens]:
+    manifest, tokenizer = shards.manifest, shards.manifest.tokenizer
+    vocabulary = {
+        "mask_id": tokenizer.mask_id, "vocab_size": tokenizer.vocab_size, "never_drawn": tokenizer.reserved_ids
+    }
+    plan = parse_mask(
+        arm, tokenizer=vocabulary, bits_computed=manifest.bits_computed, max_tokens=manifest.max_tokens
+    ).at(0.0)  # fmt: skip
+    rows = capacity(plan, batch.host_tags, batch.host_starts)
+    return lambda seed: mask_tokens(
+        batch.tokens, batch.tags, None, batch.starts, batch.key, plan, seed, 0, rows
+    )  # fmt: skip
+
+
+class SpacyCollator:
+    """What a training loop without stored tags does with every batch: tag, tokenise, align, mask the nouns."""
+
+    def __init__(self, tokenizer):
+        from posmask.prep.tagging import find_tagger, load_tagger
+
+        self.nlp, self.tokenizer = load_tagger(find_tagger("auto")), tokenizer
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        batch = self.tokenizer(texts, padding=True, return_offsets_mapping=True, return_tensors="pt")
+        ids, offsets = batch["input_ids"], batch["offset_mapping"].tolist()
+        chosen = torch.zeros_like(ids, dtype=torch.bool)
+        for row, doc in enumerate(self.nlp.pipe(texts, batch_size=256)):
+            nouns = np.zeros(len(doc.text) + 1, bool)
+            for token in doc:
+                if token.pos_ == "NOUN":
+                    nouns[token.idx : token.idx + len(token)] = True
+            for column, (start, end) in enumerate(offsets[row]):
+                chosen[row, column] = end > start and bool(nouns[start:end].any())
+        ids[chosen] = self.tokenizer.mask_token_id
+        return chosen
+
+
+def check(ours: dict, batch: SimpleNamespace, collator, examples, spacy_collator) -> dict[str, float]:
+    """Raises ValueError unless both sides mask the same share (random) and the same pieces (noun)."""
+    maskable = int((batch.host_tags & MASKABLE != 0).sum())
+    num_ours = sum(int(ours["random"](seed).num_masked) for seed in range(20)) / 20
+    labels = [collator(examples)["labels"] for _ in range(20)]
+    num_theirs = sum(int((label != -100).sum()) for label in labels) / 20
+    sigma = (maskable * 0.15 * 0.85 / 20) ** 0.5
+    if max(abs(num_ours - 0.15 * maskable), abs(num_theirs - 0.15 * maskable)) > 4 * sigma:
+        raise ValueError(f"random masks {num_ours} pieces here and {num_theirs} there of {maskable}: rates differ")
+    lengths = np.diff(batch.host_starts)
+    theirs = spacy_collator(batch.texts).numpy()
+    theirs = np.concatenate([row[:length] for row, length in zip(theirs, lengths, strict=True)])
+    nouns = ours["noun"](0)
+    mine = np.zeros(len(theirs), bool)
+    mine[nouns.index[: nouns.num_masked].cpu().numpy()] = True
+    agreement = float((mine == theirs).mean())
+    if agreement < 0.999 or not np.array_equal(mine, (batch.host_tags & UPOS_BIT["NOUN"] != 0)):
+        raise ValueError(f"the nouns masked here and by spaCy in the collator agree on {agreement:.2%} of the pieces")
+    return {"random_ours": num_ours / maskable, "random_theirs": num_theirs / maskable, "noun_agreement": agreement}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path("data/scenes/train"))
+    parser.add_argument("--repeats", type=int, default=30)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shards = Shards((str(args.data),))
+    batch = make_batch(shards, device)
+    tokenizer = AutoTokenizer.from_pretrained(args.data / "tokenizer")
+    examples = [{"input_ids": ids} for ids in tokenizer(batch.texts)["input_ids"]]
+    random_collator = DataCollatorForLanguageModeling(tokenizer)
+    warnings.filterwarnings("ignore", message="DataCollatorForWholeWordMask")  # it replaces all words by [MASK]
+    word_collator = DataCollatorForWholeWordMask(tokenizer)
+    spacy_collator = SpacyCollator(tokenizer)
+    padded = tokenizer.pad(examples, return_tensors="pt")["input_ids"]
+    special = padded <= max(tokenizer.all_special_ids)
+    ours = {arm: our_step(shards, batch, arm) for arm in ARMS}
+    checked = check(ours, batch, random_collator, examples, spacy_collator)
+
+    timed = {arm: (lambda arm=arm: ours[arm](1)) for arm in ARMS}
+    timed["hf mask step"] = lambda: random_collator.torch_mask_tokens(padded.clone(), special.clone())
+    timed["hf collator"] = lambda: random_collator(examples)
+    timed["hf whole-word collator"] = lambda: word_collator(examples)
+    samples = interleave(timed, args.repeats)
+    few = interleave({"noun": timed["noun"], "spacy collator": lambda: spacy_collator(batch.texts)}, repeats=20)
+    rows = [{"what": name, "tokens": len(batch.host_tags), **quantiles(ms)} for name, ms in samples.items()]
+    rows.append({"what": "spacy collator", "tokens": len(batch.host_tags), **quantiles(few["spacy collator"])})
+    peers = {
+        "noun": ("hf mask step", "hf collator"), "random": ("hf mask step", "hf collator"),
+        "whole-word": ("hf whole-word collator",),
+    }
+    for arm, names in peers.items():
+        rows += [{"ratio": f"{name} / {arm}", "value": ratio(samples[name], samples[arm])} for name in names]
+    rows.append({"ratio": "spacy collator / noun", "value": ratio(few["spacy collator"], few["noun"])})
+    rows.append({"checked": {name: round(value, 5) for name, value in checked.items()}})
+    for row in rows:
+        print(row, file=sys.stderr)
+    write_result(f"masking_{device.type}", rows, "transformers", "spacy", "numpy")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""A training step from JPEG bytes to updated weights: ours, the usual pipeline, and what several captions an image buy.
+
+    python benchmarks/bench_step.py
+    python benchmarks/bench_step.py --presets laptop base --data data/scenes/train
+
+The usual pipeline has the same sizes, weights and precision: open_clip's trunk, Hugging Face's BERT layers over padded
+captions, a head over every token, a DataLoader of open_clip's transform, a BERT tokenizer and Hugging Face's collator.
+It runs at the best of its settings, which are all listed. Both use torch's fused AdamW, without DeepSpeed. Loss and
+gradients of both must agree on the same masked batch, or no speed is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import cycle, product
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from open_clip.transform import image_transform
+from peer_model import PeerModel, pad
+from PIL import Image
+from timing import interleave, quantiles, ratio, relative_error, write_result
+from torch.utils.data import DataLoader, Dataset
+from transformers import BertTokenizerFast, DataCollatorForLanguageModeling
+
+from posmask.train.config import parse_args
+from posmask.train.loader import Batch, Collator, Loader, Shards, View
+from posmask.train.model import PosMaskModel
+from posmask.train.objectives import mask_batch, masked_lm
+from posmask.train.pretrain import make_masking, make_model_config
+
+PADDED_TOKENS = 30
+LARGEST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+BATCH_SIZE = {("laptop", "cpu"): 128, ("base", "cpu"): 4, ("laptop", "cuda"): 512, ("base", "cuda"): 256}
+
+
+class Setup:
+    """What all rows of a preset share: shards, a plan (15 % of the tokens, 80/10/10), a model and where it runs."""
+
+    def __init__(self, preset: str, data: str, device: torch.device):
+        self.device, self.dtype = device, torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.batch_size = BATCH_SIZE[preset, device.type]
+        self.config = parse_args(["--mask", "random", "--data", data, "--preset", preset], device.type == "cuda")
+        self.shards = Shards(self.config.data)
+        self.plan = make_masking(self.config, self.shards).at(0.0)
+        self.model_config = make_model_config(self.config, self.shards)
+        torch.manual_seed(0)
+        self.model = PosMaskModel(self.model_config)
+
+    def view(self, **changes) -> View:
+        config = self.model_config
+        seen = {"captions_per_image": 1, "crop_scale": (0.9, 1.0)} | changes
+        return View(0, config.image_size, config.image_mean, config.image_std, **seen)
+
+    def collate(self, view: View) -> Collator:
+        return Collator(view, len(self.shards.manifest.scores), self.batch_size, "auto", self.device)
+
+    def samples(self) -> list[dict]:
+        return [self.shards[i] for i in range(self.batch_size)]
+
+
+def stepper(parameters, loss_of: Callable, batches: Iterator) -> Callable[[], None]:
+    """A function that takes the next batch and makes one step of it."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+
+    def step() -> None:
+        loss_of(next(batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def our_loss(setup: Setup, model: PosMaskModel) -> Callable[[Batch], torch.Tensor]:
+    def loss(batch: Batch) -> torch.Tensor:
+        batch = batch.to(setup.device, setup.dtype)
+        masked = mask_batch(batch, setup.plan, 0)
+        return masked_lm(model, batch, masked).loss_sum / masked.num_masked
+
+    return loss
+
+
+class Captioned(Dataset):
+    """Image bytes and a caption, as the usual pipeline has them: transformed and tokenized in `__getitem__`."""
+
+    def __init__(self, setup: Setup, tokenizer: BertTokenizerFast, pad_to_longest: bool):
+        self.samples = [setup.shards[i] for i in range(min(len(setup.shards), 16 * setup.batch_size))]
+        self.transform = image_transform(setup.model_config.image_size, is_train=True)
+        self.tokenizer = tokenizer
+        self.padding = {} if pad_to_longest else {"padding": "max_length"}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> dict:
+        image = self.transform(Image.open(io.BytesIO(self.samples[i]["image"])))
+        text = self.samples[i]["captions"][0]
+        encoded = self.tokenizer(text, truncation=True, max_length=PADDED_TOKENS, **self.padding)
+        return {"image": image, "text": encoded}
+
+
+def usual_batches(setup: Setup, pad_to_longest: bool, num_workers: int) -> Iterator[SimpleNamespace]:
+    tokenizer = BertTokenizerFast(vocab_file=f"{setup.shards.folders[0]}/tokenizer/vocab.txt")
+    masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
+
+    def collate(items: list[dict]) -> SimpleNamespace:
+        text = masking([item["text"] for item in items])
+        images = torch.stack([item["image"] for item in items])
+        valid = text["attention_mask"].bool()
+        return SimpleNamespace(images=images, tokens=text["input_ids"], valid=valid, labels=text["labels"])
+
+    data = Captioned(setup, tokenizer, pad_to_longest)
+    loader = DataLoader(
+        data, setup.batch_size, shuffle=True, drop_last=True, num_workers=num_workers, collate_fn=collate,
+        persistent_workers=num_workers > 0, pin_memory=setup.device.type == "cuda",
+    )  # fmt: skip
+    while True:
+        yield from loader
+
+
+def usual_loss(setup: Setup, model: PeerModel, channels_last: bool) -> Callable[[SimpleNamespace], torch.Tensor]:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def loss(batch: SimpleNamespace) -> torch.Tensor:
+        images = batch.images.to(setup.device, setup.dtype, non_blocking=True, memory_format=layout)
+        text = (x.to(setup.device, non_blocking=True) for x in (batch.tokens, batch.valid, batch.labels))
+        caption_image = torch.arange(len(images), device=setup.device)
+        return model(images, *text, caption_image) / int((batch.labels >= 0).sum())
+
+    return loss
+
+
+def check_equal(setup: Setup, batch: Batch) -> float:
+    """The largest relative error of loss and gradients between the two models on one batch masked by us."""
+    model, peer = PosMaskModel(setup.model_config), PeerModel(setup.model, "sdpa")
+    model.load_state_dict(setup.model.state_dict())
+    model.to(setup.device, setup.dtype), peer.to(setup.device, setup.dtype)
+    batch = batch.to(setup.device, setup.dtype)
+    masked = mask_batch(batch, setup.plan, 0)
+    ours = masked_lm(model, batch, masked).loss_sum
+    labels = torch.full_like(batch.tokens, -100)
+    live = masked.targets >= 0
+    labels[masked.index[live].long()] = masked.targets[live]
+    starts = batch.caption_starts.cpu()
+    tokens, labels = (pad(x.cpu(), starts, PADDED_TOKENS, fill).to(setup.device)
+                      for x, fill in ((masked.tokens, 0), (labels, -100)))  # fmt: skip
+    valid = pad(torch.ones_like(batch.tokens).cpu(), starts, PADDED_TOKENS).bool().to(setup.device)
+    theirs = peer(batch.images, tokens, valid, labels, batch.caption_image)
+    ours.backward(), theirs.backward()
+    found = dict(model.named_parameters())
+    errors = [relative_error(ours.detach(), theirs.detach())]
+    for name, parameter in peer.named_parameters():
+        # The key's bias has no gradient but rounding; the position's vector holds ours of the segment.
+        if name in found and "key.bias" not in name:
+            errors.append(relative_error(found[name].grad, parameter.grad))
+    return max(errors)
+
+
+def bench_usual(setup: Setup, repeats: int) -> dict:
+    batch = setup.collate(setup.view())(setup.samples(), 0)
+    error = check_equal(setup, batch)
+    if not error < LARGEST_ERROR[setup.dtype]:
+        raise SystemExit(f"{setup.config.preset}: the two models differ by {error:.2g}; no speed is measured")
+    # First the model's settings, on a batch in memory; then, with the best of them, the loader's.
+    settings = {}
+    for attention, channels_last, longest in product(("sdpa", "eager"), (True, False), (True, False)):
+        model = PeerModel(setup.model, attention).to(setup.device, setup.dtype)
+        batches = cycle([next(usual_batches(setup, longest, 0))])
+        step = stepper(model.parameters(), usual_loss(setup, model, channels_last), batches)
+        settings[attention, channels_last, longest] = step
+    trial = interleave(settings, repeats=max(2, repeats // 5), warmup=1)
+    fastest = min(trial, key=lambda key: np.median(trial[key]))
+    steps = {}
+    for workers in (0, 1, 2):
+        model = PeerModel(setup.model, fastest[0]).to(setup.device, setup.dtype)
+        loss, batches = usual_loss(setup, model, fastest[1]), usual_batches(setup, fastest[2], workers)
+        steps[f"usual, {workers} workers"] = stepper(model.parameters(), loss, batches)
+    model = PosMaskModel(setup.model_config).to(setup.device, setup.dtype)
+    with_loader, in_memory = our_steps(setup, model, batch, len(steps) * repeats)
+    times = interleave(steps | {"ours": with_loader, "ours, data in memory": in_memory}, repeats)
+    best = min((times[name] for name in steps), key=np.median)
+    length = {True: "the longest", False: str(PADDED_TOKENS)}
+    return {
+        "row": "full step", **describe(setup), "largest_relative_error": error,
+        "usual_settings_p50_ms": {
+            f"{attention}, {'channels last' if last else 'NCHW'}, padded to {length[longest]}": round(np.median(ms), 1)
+            for (attention, last, longest), ms in trial.items()
+        },
+        "times": {name: quantiles(values) for name, values in times.items()},
+        "ratio": ratio(best, times["ours"]),
+        "share_of_data_in_memory": ratio(times["ours, data in memory"], times["ours"]),
+    }  # fmt: skip
+
+
+def our_steps(setup: Setup, model: PosMaskModel, batch: Batch, num_steps: int) -> tuple[Callable, Callable]:
+    """One step with the loader of a run, one with the same batch again and again."""
+    loader = Loader(
+        setup.shards, setup.collate(setup.view()), seed=0, batch_size=setup.batch_size,
+        micro_batch_size=setup.batch_size, rank=0, world_size=1, num_steps=num_steps + 100,
+    )  # fmt: skip
+    loss = our_loss(setup, model)
+    return stepper(model.parameters(), loss, iter(loader)), stepper(model.parameters(), loss, cycle([batch]))
+
+
+def bench_captions(setup: Setup, repeats: int) -> dict:
+    """Masked tokens per second with one caption an image, with five, and with five maskings of one."""
+
+    def five(sample: dict) -> dict:
+        """The sample with five captions: its own, the first ones again where it has fewer."""
+        lengths = sample["caption_lengths"]
+        ends = np.cumsum(lengths, dtype=np.int64)
+        again = [i % len(lengths) for i in range(5)]
+        parts = {key: np.concatenate([sample[key][ends[i] - lengths[i] : ends[i]] for i in again])
+                 for key in ("tokens", "tags")}  # fmt: skip
+        return sample | parts | {"caption_lengths": lengths[again]}
+
+    samples = [five(sample) for sample in setup.samples()]
+    steps, masked_tokens = {}, {}
+    views = {"1 caption": {}, "5 captions": {"captions_per_image": 5}, "5 maskings": {"maskings_per_caption": 5}}
+    for name, changes in views.items():
+        model = PosMaskModel(setup.model_config).to(setup.device, setup.dtype)
+        batch = setup.collate(setup.view(**changes))(samples, 0)
+        masked_tokens[name] = int(mask_batch(batch, setup.plan, 0).num_masked)
+        steps[name] = stepper(model.parameters(), our_loss(setup, model), cycle([batch]))
+    times = interleave(steps, repeats)
+    gain = {name: ratio(times["1 caption"], times[name]) * masked_tokens[name] / masked_tokens["1 caption"]
+            for name in views}  # fmt: skip
+    return {
+        "row": "captions per image", **describe(setup), "masked_tokens": masked_tokens,
+        "times": {name: quantiles(values) for name, values in times.items()},
+        "masked_tokens_per_s_ratio": {name: round(value, 3) for name, value in gain.items()},
+    }  # fmt: skip
+
+
+def describe(setup: Setup) -> dict:
+    dtype = str(setup.dtype).removeprefix("torch.")
+    return {"preset": setup.config.preset, "images": setup.batch_size, "dtype": dtype}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--presets", nargs="+", choices=("laptop", "base"), default=["laptop"])
+    parser.add_argument("--rows", nargs="+", choices=("usual", "captions"), default=["usual", "captions"])
+    parser.add_argument("--data", help="shards (2,000 scenes are drawn if none are given)")
+    parser.add_argument("--repeats", type=int, default=20)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        if args.data is None:
+            command = [sys.executable, "-m", "posmask.prep.build_shards", "--num-scenes", "2000", "--out", folder]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        for preset in args.presets:
+            setup = Setup(preset, args.data or f"{folder}/train", device)
+            bench = {"usual": bench_usual, "captions": bench_captions}
+            rows += [bench[row](setup, args.repeats) for row in args.rows]
+    write_result("step-gpu" if device.type == "cuda" else "step", rows, "transformers", "open_clip_torch", "pillow")
+
+
+if __name__ == "__main__":
+    main()
