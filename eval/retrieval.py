@@ -199,8 +199,8 @@ def match_probabilities(
             repeated = Packing.of(copies, int(ends[-1]), int(lengths[part].max()))
             rows = text_TD[torch.from_numpy(source).to(text_TD.device)]
             image = torch.from_numpy(images[pairs[part]]).to(text_TD.device, torch.int32)
-            fused = model.fuse(rows, repeated, features, image, index=copies[:-1])
-            found[pairs[part]] = model.itm(fused).squeeze(1).double().sigmoid().cpu().numpy()
+            logits = model.itm(model.fuse(rows, repeated, features, image), repeated)
+            found[pairs[part]] = logits.double().sigmoid().cpu().numpy()
     return found
 
 

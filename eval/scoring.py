@@ -251,8 +251,7 @@ def head_scores(
         for name, features in images.items():
             image = own if len(features) > 1 else torch.zeros_like(own)
             if head == "itm":
-                logits = model.itm(model.fuse(text_TD, packing, features, image, index=first))
-                scores = logits.squeeze(1).double().sigmoid()
+                scores = model.itm(model.fuse(text_TD, packing, features, image), packing).double().sigmoid()
             else:
                 scores = (model.itc.embed_text(text_TD[first]) * model.itc.embed_image(features)[image.long()]).sum(1)
             totals[name][batch] = scores.double().cpu().numpy()

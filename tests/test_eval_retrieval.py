@@ -104,7 +104,7 @@ def slow_scores(run, path, photos):
                 packing = Packing.of(torch.tensor([0, len(text.ids)]), len(text.ids), len(text.ids))
                 hidden = model.encode_text(torch.from_numpy(text.ids), packing)
                 fused = model.fuse(hidden, packing, features, torch.zeros(1, dtype=torch.int32))
-                itm[i, c] = torch.sigmoid(model.itm(fused[0]))
+                itm[i, c] = torch.sigmoid((fused @ model.itm.weight[0] + model.itm.bias).mean())
                 itc[i, c] = model.itc.embed_text(hidden[:1])[0] @ model.itc.embed_image(features)[0]
     return itm, itc, captions.image_of
 

@@ -110,8 +110,9 @@ def test_matching_equals_a_loop_over_pairs(model):
             text = model.encode_text(torch.tensor(tokens, dtype=torch.int32), packing)
             for image, truth in ((IMAGE_OF[caption], 1.0), (int(pairs.negative_image[caption]), 0.0)):
                 features = model.image(batch.images[image : image + 1])
-                logit = model.itm(model.fuse(text, packing, features, torch.zeros(1, dtype=torch.int32))[0])
-                total += float(F.binary_cross_entropy_with_logits(logit[0], torch.tensor(truth)))
+                fused = model.fuse(text, packing, features, torch.zeros(1, dtype=torch.int32))
+                logit = (fused @ model.itm.weight[0] + model.itm.bias).mean()
+                total += float(F.binary_cross_entropy_with_logits(logit, torch.tensor(truth)))
                 hits += (float(logit) > 0) == (truth > 0)
                 count += 1
     assert float(itm.loss_sum) == pytest.approx(total, rel=1e-4)

@@ -205,14 +205,24 @@ class MatchLoss(NamedTuple):
 
 
 class MatchHead(nn.Linear):
-    """Whether a caption and an image belong together, from the fused [CLS] (the ITM of ALBEF, with one logit)."""
+    """Whether a caption and an image belong together: the mean over the caption's tokens of what each says.
+
+    ALBEF asks the fused [CLS] alone; every token learns sooner whether the image shows what it says.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__(config.width, 1)
 
-    def loss(self, cls_PD: Tensor, is_match: Tensor, weight: Tensor) -> MatchLoss:
-        """P pairs: is_match, weight (P,) float; pairs of weight 0 do not count."""
-        logit = self(cls_PD).squeeze(1).float()
+    def forward(self, fused_TD: Tensor, packing: Packing) -> Tensor:
+        """(T, D) -> (C,) fp32 logits."""
+        logit = super().forward(fused_TD).squeeze(1).float()
+        lengths = packing.starts.diff()
+        # A sum over rows, since a scatter on a GPU would add in any order.
+        member = packing.caption == torch.arange(len(lengths), device=logit.device)[:, None]
+        return torch.where(member, logit, 0).sum(1) / lengths
+
+    def loss(self, logit: Tensor, is_match: Tensor, weight: Tensor) -> MatchLoss:
+        """P pairs: logit, is_match, weight (P,) float; pairs of weight 0 do not count."""
         loss = F.binary_cross_entropy_with_logits(logit, is_match, weight, reduction="sum")
         hits = weight * ((logit > 0) == (is_match > 0.5))
         return MatchLoss(loss, hits.sum().detach(), weight.sum())
@@ -353,9 +363,9 @@ class PosMaskModel(nn.Module):
             itc = self.itc.loss(image_BND, text_TD[first], batch.caption_image, pairs.shown)
         if self.itm is not None:
             images = (batch.caption_image, pairs.negative_image)
-            cls_PD = torch.cat([self.fuse(text_TD, packing, image_BND, image, index=first) for image in images])
+            logit = torch.cat([self.itm(self.fuse(text_TD, packing, image_BND, i), packing) for i in images])
             is_match = torch.cat([torch.ones_like(pairs.weight), torch.zeros_like(pairs.weight)])
-            itm = self.itm.loss(cls_PD, is_match, pairs.weight.repeat(2))
+            itm = self.itm.loss(logit, is_match, pairs.weight.repeat(2))
         return itm, itc
 
 
