@@ -1,8 +1,8 @@
 """JPEG bytes to square uint8 images: DALI on a GPU, torchvision on a CPU, either on demand.
 
 Both take the crop of each sample as shares of the image, so that it follows the sample and not a generator's state.
-They differ by a few grey levels; a run uses one of them throughout. On a CPU torchvision is the faster one, Pillow the
-slowest (benchmarks/bench_loader.py).
+They differ by a few grey levels; a run uses one of them throughout. On a CPU torchvision is the faster one
+(benchmarks/bench_loader.py).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class UndecodableImage(ValueError):
 
     def __init__(self, key: str, index: int):
         super().__init__(
-            f"the image of sample {key!r} cannot be decoded; build the shards again, or leave it out with "
-            "--on-bad-sample skip"
+            f"the image of sample {key!r} cannot be decoded; build the shards again (pretrain.py leaves it out with "
+            "--on-bad-sample skip)"
         )
         self.key, self.index = key, index
 
