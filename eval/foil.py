@@ -193,7 +193,7 @@ def noun_words(captions: list[str], texts: list[Text], tagger: str) -> list[set[
 
     tokens = tag(load_tagger(find_tagger(tagger)), captions)
     return [
-        {int(word) for word, bits in zip(text.word_of[1:-1], align(text.spans, found), strict=True) if bits & NOUNS}
+        {int(word) for word, (bits, _) in zip(text.word_of[1:-1], align(text.spans, found), strict=True) if bits & NOUNS}
         for text, found in zip(texts, tokens, strict=True)
     ]
 
