@@ -45,6 +45,26 @@ def _draw(purpose, position, key_ptr, seed, epoch):
 
 
 @triton.jit
+def _is_mine(key_ptr, arm_low, arm_high, seed, epoch, IS_MIXED: tl.constexpr):
+    """Whether a caption follows the plan of a mix whose draws are in [arm_low, arm_high)."""
+    mine = arm_low < arm_high
+    if IS_MIXED:
+        word, _, _, _ = _draw(_ARM, tl.full((1,), 0, tl.int32), key_ptr, seed, epoch)
+        arm_draw = tl.sum(word.to(tl.int64))
+        mine = (arm_draw >= arm_low) & (arm_draw < arm_high)
+    return mine
+
+
+@triton.jit
+def _load(values_ptr, starts_ptr, caption, BLOCK: tl.constexpr):
+    """start, length, positions and values (0 beyond the end) of a caption."""
+    start = tl.load(starts_ptr + caption)
+    length = tl.load(starts_ptr + caption + 1) - start
+    position = tl.arange(0, BLOCK)
+    return start, length, position, tl.load(values_ptr + start + position, mask=position < length, other=0)
+
+
+@triton.jit
 def _rank(runs, key, position):
     """For each position, how many of those with `runs` come before it by (key, position)."""
     earlier = (key[None, :] < key[:, None]) | ((key[None, :] == key[:, None]) & (position[None, :] < position[:, None]))
@@ -132,15 +152,19 @@ def _shuffle(tags, maskable, word_start, traded, draw, position):
 
 
 @triton.jit
+def _shift_up(word, zeros, SHIFT: tl.constexpr):
+    """One step of counting leading zeros: shifts words whose upper SHIFT bits are zero."""
+    short = word < (1 << (32 - SHIFT))
+    return tl.where(short, word << SHIFT, word), zeros + tl.where(short, SHIFT, 0)
+
+
+@triton.jit
 def _race_keys(word, weight, log_ptr):
     """`race.race_keys` of 32-bit words."""
     zeros = tl.zeros_like(weight)
     rest = word
     for step in tl.static_range(5):
-        shift: tl.constexpr = 16 >> step
-        short = rest < (1 << (32 - shift))
-        zeros += tl.where(short, shift, 0)
-        rest = tl.where(short, rest << shift, rest)
+        rest, zeros = _shift_up(rest, zeros, 16 >> step)
     zeros += tl.where(rest == 0, 1, 0)
     entry = ((rest << 1) >> _TABLE_SHIFT).to(tl.int32)
     log = (zeros << _FRACTION_BITS) + tl.load(log_ptr + entry)
@@ -183,19 +207,12 @@ def _select_kernel(
     """One caption a program; the names are those of `MaskPlan`."""
     caption = tl.program_id(0)
     key_ptr = keys_ptr + caption * 3
-    mine = caption >= 0
-    if IS_MIXED:
-        word, _, _, _ = _draw(_ARM, tl.full((1,), 0, tl.int32), key_ptr, seed, epoch)
-        arm_draw = tl.sum(word.to(tl.int64))
-        mine = (arm_draw >= arm_low) & (arm_draw < arm_high)
+    mine = _is_mine(key_ptr, arm_low, arm_high, seed, epoch, IS_MIXED)
     if IS_FALLBACK:
         mine = mine & (tl.load(counts_ptr + caption) == _NO_CANDIDATE)
     if mine:
-        start = tl.load(starts_ptr + caption)
-        length = tl.load(starts_ptr + caption + 1) - start
-        position = tl.arange(0, BLOCK)
+        start, length, position, tags = _load(tags_ptr, starts_ptr, caption, BLOCK)
         inside = position < length
-        tags = tl.load(tags_ptr + start + position, mask=inside, other=0)
         u0, u1, u2, _ = _draw(_SELECT, position, key_ptr, seed, epoch)
         maskable = (tags & maskable_bit) != 0
         if SHUFFLED:
@@ -273,17 +290,10 @@ def _match_kernel(
     """The control: as many pieces of each caption as were counted, uniformly over all that are maskable."""
     caption = tl.program_id(0)
     key_ptr = keys_ptr + caption * 3
-    mine = caption >= 0
-    if IS_MIXED:
-        word, _, _, _ = _draw(_ARM, tl.full((1,), 0, tl.int32), key_ptr, seed, epoch)
-        arm_draw = tl.sum(word.to(tl.int64))
-        mine = (arm_draw >= arm_low) & (arm_draw < arm_high)
+    mine = _is_mine(key_ptr, arm_low, arm_high, seed, epoch, IS_MIXED)
     if mine:
-        start = tl.load(starts_ptr + caption)
-        length = tl.load(starts_ptr + caption + 1) - start
-        position = tl.arange(0, BLOCK)
+        start, length, position, tags = _load(tags_ptr, starts_ptr, caption, BLOCK)
         inside = position < length
-        tags = tl.load(tags_ptr + start + position, mask=inside, other=0)
         _, _, u2, u3 = _draw(_SELECT, position, key_ptr, seed, epoch)
         maskable = (tags & maskable_bit) != 0
         head = _heads(maskable, (tags & word_start) != 0, position)
@@ -313,10 +323,8 @@ def _emit_kernel(
         total += tl.sum(counts)
         row += tl.sum(tl.where(caption < first, counts, 0))
     for caption in range(first, tl.minimum(first + per_program, num_captions)):
-        start = tl.load(starts_ptr + caption)
-        position = tl.arange(0, BLOCK)
-        inside = position < tl.load(starts_ptr + caption + 1) - start
-        token = tl.load(tokens_ptr + start + position, mask=inside, other=0)
+        start, length, position, token = _load(tokens_ptr, starts_ptr, caption, BLOCK)
+        inside = position < length
         kind = tl.load(kinds_ptr + start + position, mask=inside, other=0).to(tl.int32)
         chosen = inside & (kind != _KEEP_OUT)
         rows = row + tl.cumsum(chosen.to(tl.int32), 0) - 1
@@ -330,9 +338,9 @@ def _emit_kernel(
             nth = ((word.to(tl.int64) * num_random) >> 32).to(tl.int32)
             drawn, num_before = nth, 0
             for i in range(num_ranges):
-                low = tl.load(ranges_ptr + 2 * i)
+                low = tl.load(ranges_ptr + 2 * i).to(tl.int32)
                 drawn = tl.where(nth >= num_before, nth - num_before + low, drawn)
-                num_before += tl.load(ranges_ptr + 2 * i + 1) - low
+                num_before += tl.load(ranges_ptr + 2 * i + 1).to(tl.int32) - low
             new = tl.where(live & (kind == _RANDOM), drawn, new)
         tl.store(masked_ptr + start + position, new, mask=inside)
     for at in range(total + program * BLOCK_ROWS, capacity, tl.num_programs(0) * BLOCK_ROWS):

@@ -83,7 +83,7 @@ def make_parser(description: str = "") -> Parser:
     add = parser.add_argument_group("the run").add_argument
     add("--records-per-part", type=_positive, default=4096, help="a part is written and resumed as a whole")
     add("--workers", type=_positive, default=None, help="processes, all cores by default; never changes the result")
-    add("--engine", default="processes", choices=("processes", "ray"), help="ray: on a Ray cluster; same result")
+    add("--engine", default="processes", choices=("processes", "ray"), help="ray: on a Ray cluster, by absolute paths")
     add("--part", type=_share, metavar="I/N", help="write only the I-th of N shares of the parts, I from 1; then merge")
     add("--max-dropped", type=float, default=0.01, help="share of broken records above which the build fails")
     return parser

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from base64 import b64encode
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from PIL import Image
 from rich.table import Table
 
 from posmask.prep import pos
-from posmask.prep.shards import Manifest
+from posmask.prep.shards import Manifest, read_json
 from posmask.prep.wordpiece import CONTINUES
 
 NUM_SAMPLES = 20  # pictures on the page
@@ -59,7 +58,7 @@ def inspect(folder: Path) -> Inspection:
 
     found = Inspection(folder, Manifest.load(folder))
     vocabulary = read_vocabulary(folder)
-    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    index = read_json(folder / "index.json")
     readers = [reader_from_json(str(folder), None, shard) for shard in index["shards"]]
     places = [(reader, i) for reader in readers for i in range(reader.samples)]
     places = [places[i] for i in evenly(len(places), MAX_SAMPLES)]

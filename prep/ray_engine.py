@@ -1,7 +1,7 @@
 """Spread the preparation of records over a Ray cluster: `--engine ray`, with `pip install posmask[ray]`.
 
 Ray only decides where a chunk is prepared, so the bytes are those of any other build. The folders of the images, of the
-tagger and of --out have to be at the same path on all nodes.
+tagger and of --out have to be at the same path on all nodes; give absolute paths.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ class Manifest:
             if (folder / "build.json").is_file():
                 raise ValueError(f"{folder} holds an unfinished build; run the same build command again")
             raise ValueError(f"{folder} has no manifest.json, so it holds no posmask shards; {BUILD_AGAIN}")
-        values = _read_json(path)
+        values = read_json(path)
         if not isinstance(values, dict) or "format_version" not in values:
             raise ValueError(f"{path} is not a manifest of posmask shards; {BUILD_AGAIN}")
         check_version(values["format_version"], folder)
@@ -190,7 +190,7 @@ def build_state(out: Path, config: dict[str, Any]) -> str:
         return "new"
     if not (out / "build.json").is_file():
         raise ValueError(f"{out} exists and is not a build of posmask shards; choose another --out")
-    there = _read_json(out / "build.json")
+    there = read_json(out / "build.json")
     check_version(there.get("format_version"), out)
     different = [key for key in {**there, **config} if there.get(key) != config.get(key)]
     if different:
@@ -239,7 +239,7 @@ def write_part(
             writer.write({column: getattr(sample, column) for column in kinds} | {"id": np.uint64(sample.id)})
             tally.add(sample)
         writer.finish()
-        shards = _read_json(temporary / "index.json")["shards"]
+        shards = read_json(temporary / "index.json")["shards"]
         written = sum(shard["samples"] for shard in shards)
         assert written == tally.counts["images"] == num_records - len(dropped), (written, num_records, len(dropped))
         checksums: list[int] = []
@@ -271,13 +271,13 @@ def read_config(out: Path) -> dict[str, Any]:
     """What is being built in `out`. Raises ValueError when nothing is."""
     if not (out / "build.json").is_file():
         raise ValueError(f"{out} holds no build of posmask shards; {BUILD_AGAIN}")
-    return _read_json(out / "build.json")
+    return read_json(out / "build.json")
 
 
 def read_parts(out: Path, num_parts: int) -> dict[int, dict[str, Any]]:
     """The summaries of the finished parts by number."""
     paths = {part: out / f"{part_name(part)}.json" for part in range(num_parts)}
-    return {part: _read_json(path) for part, path in paths.items() if path.is_file()}
+    return {part: read_json(path) for part, path in paths.items() if path.is_file()}
 
 
 def all_parts(out: Path) -> list[dict[str, Any]]:
@@ -375,7 +375,8 @@ class _Tally:
         return {"counts": dict(self.counts), "per_upos": per_upos, "longest_caption": self.longest_caption}
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of ours. Raises ValueError, naming it, where it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

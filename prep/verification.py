@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -43,7 +42,7 @@ def verify(folder: Path, num_workers: int = 1) -> Iterator[str]:
     Raises ValueError when there are no finished shards, or their manifest cannot be read.
     """
     manifest = Manifest.load(folder)
-    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    index = shards.read_json(folder / "index.json")
     parts = shards.read_parts(folder, len(manifest.parts))
     for number, part in enumerate(manifest.parts):
         if number not in parts:
@@ -52,7 +51,9 @@ def verify(folder: Path, num_workers: int = 1) -> Iterator[str]:
             yield f"{shards.part_name(number)}.json and manifest.json differ in the number of records or samples"
     if index["shards"] != [shard for number in sorted(parts) for shard in parts[number]["shards"]]:
         yield "index.json differs from what the parts list"
-    if shards.TokenizerInfo.read(folder / "tokenizer", manifest.tokenizer.name) != manifest.tokenizer:
+    if not (folder / "tokenizer" / "vocab.txt").is_file():
+        yield "tokenizer/vocab.txt is missing"
+    elif shards.TokenizerInfo.read(folder / "tokenizer", manifest.tokenizer.name) != manifest.tokenizer:
         yield "tokenizer/vocab.txt is not the vocabulary that manifest.json describes"
 
     jobs = []

@@ -48,6 +48,14 @@ def uninterrupted(pictures, tmp_path_factory):
     return files(out)
 
 
+@pytest.fixture(scope="module")
+def fork():
+    """Starts processes that have everything imported, and no threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["posmask.prep.build_shards", "spacy", "streaming"])
+    return context
+
+
 def test_shares_and_merge_give_the_same_bytes(pictures, uninterrupted, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(arguments(pictures, out, "--part", "3/3")) == 0
@@ -64,6 +72,18 @@ def test_shares_and_merge_give_the_same_bytes(pictures, uninterrupted, tmp_path,
         assert files(out) == uninterrupted
     assert main(arguments(pictures, out, "--part", "1/3")) == 0
     assert "already complete" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_jobs_that_start_at_once_share_a_folder(pictures, uninterrupted, fork, tmp_path):
+    out = tmp_path / "out"
+    jobs = [fork.Process(target=main, args=(arguments(pictures, out, "--part", f"{i}/3"),)) for i in (1, 2, 3)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert main(["merge", str(out), "--max-dropped", "0.1"]) == 0
+    assert files(out) == uninterrupted
 
 
 @pytest.mark.parametrize("share", ["0/3", "4/3", "1", "1/2/3", "a/b"])
@@ -104,10 +124,8 @@ def test_without_ray_its_engine_is_refused(pictures, tmp_path, monkeypatch, caps
 
 
 @pytest.mark.slow
-def test_builds_killed_25_times_give_the_same_bytes(pictures, uninterrupted, tmp_path):
+def test_builds_killed_25_times_give_the_same_bytes(pictures, uninterrupted, fork, tmp_path):
     """Half of the kills come at a random time, half when a random number of files is there."""
-    context = multiprocessing.get_context("forkserver")  # processes with everything imported, and no threads
-    context.set_forkserver_preload(["posmask.prep.build_shards", "spacy", "streaming"])
     rng = random.Random(0)
     kills = builds = 0
     seen = set()
@@ -115,7 +133,7 @@ def test_builds_killed_25_times_give_the_same_bytes(pictures, uninterrupted, tmp
     while kills < NUM_KILLS:
         out = tmp_path / f"out-{builds}"
         while kills < NUM_KILLS and not (out / "manifest.json").exists():
-            process = context.Process(target=main, args=(arguments(pictures, out),))
+            process = fork.Process(target=main, args=(arguments(pictures, out),))
             start = time.monotonic()
             process.start()
             by_files, there = rng.random() < 0.5, len(list(out.glob("*")))

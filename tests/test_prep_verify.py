@@ -106,6 +106,7 @@ def manifest_with(change):
         (lambda out: (out / "part-00001.00000.mds").write_bytes(b"x"), "part-00001.00000.mds has 1 bytes instead of"),
         (lambda out: edit(out / "index.json", lambda v: v["shards"].pop()), "index.json differs from what the parts"),
         (lambda out: (out / "tokenizer" / "vocab.txt").open("a").write("dragon\n"), "is not the vocabulary"),
+        (lambda out: (out / "tokenizer" / "vocab.txt").unlink(), "tokenizer/vocab.txt is missing"),
         (manifest_with(lambda v: v["counts"].update(captions=7)), "counts 7 captions, the shards hold 20"),
         (manifest_with(lambda v: v["counts"]["per_upos"].update(NOUN=0)), "counts 0 NOUN, the shards hold"),
         (manifest_with(lambda v: v["parts"][0].update(samples=3)), "differ in the number of records or samples"),
@@ -161,10 +162,13 @@ def test_every_rule_of_a_sample(built):
     assert "scores of shape" in sample_problem({**good, "scores": np.zeros((3, 1), np.uint8)}, scored)
 
 
-def test_folders_that_hold_nothing_finished(tmp_path, capsys):
+def test_folders_that_hold_nothing_finished(out, tmp_path, capsys):
     assert main(["verify", str(tmp_path / "nowhere")]) == 2
     assert "no such folder of shards" in capsys.readouterr().err
     assert main(["merge", str(tmp_path)]) == 2
     assert "holds no build of posmask shards" in capsys.readouterr().err
+    (out / "index.json").write_text("{")
+    assert main(["verify", str(out)]) == 2
+    assert "index.json is damaged" in capsys.readouterr().err
     assert main(["verify"]) == 2
     assert "the following arguments are required: DIR" in capsys.readouterr().err

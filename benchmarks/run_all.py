@@ -1,0 +1,96 @@
+"""Runs the benchmarks of one device, one after the other, and prints what each reached.
+
+    python benchmarks/run_all.py --device cpu
+
+Each benchmark checks that both sides compute the same before it times them, and writes its own file to results/. One
+that fails or takes too long is named and makes the exit code 1; the others still run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+BENCHMARKS = {
+    "bench_masked_lm_loss.py": (),
+    "bench_packing.py": ("--device", "{device}", "--presets", "base"),
+    "bench_step.py": ("--device", "{device}"),
+    "bench_loader.py": (),
+    "bench_masking.py": ("--data", "{data}"),
+    "bench_prep.py": ("--records", "2000"),
+}
+CPU_ONLY = ("bench_prep.py",)
+
+
+def run(script: str, arguments: tuple[str, ...], limit_s: int, env: dict[str, str]) -> tuple[str, dict | None]:
+    """What came of a benchmark ("done in 12 s", or why not), and the JSON of its last line."""
+    started_s = time.monotonic()
+    try:
+        done = subprocess.run(
+            [sys.executable, str(HERE / script), *arguments],
+            stdout=subprocess.PIPE, text=True, timeout=limit_s, check=False, env=env,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"stopped after {limit_s} s", None
+    if done.returncode:
+        return f"failed with exit code {done.returncode}", None
+    lines = done.stdout.strip().splitlines()
+    return f"done in {time.monotonic() - started_s:.0f} s", json.loads(lines[-1])
+
+
+def ratios(value, path: str = "") -> list[str]:
+    """Every number under a key that speaks of a ratio, as "path: number"."""
+    if isinstance(value, list):
+        return [line for item in value for line in ratios(item, path)]
+    if not isinstance(value, dict):
+        return []
+    name = next((str(value[key]) for key in ("case", "preset", "row", "what") if key in value), "")
+    here = f"{path} {name}".strip()
+    found = []
+    if isinstance(value.get("ratio"), str):  # {"ratio": "theirs / ours", "value": 3.2}
+        return [f"{here} {value['ratio']}: {value['value']}"]
+    for key, item in value.items():
+        if "ratio" in key and isinstance(item, int | float):
+            peer = f" {value['peer']}" if "peer" in value else ""
+            found.append(f"{here}{peer} {key}: {item}")
+        else:
+            found += ratios(item, f"{here} {key}" if isinstance(item, dict) else here)
+    return found
+
+
+def run_all(device: str, data: str, limit_s: int, env: dict[str, str]) -> dict[str, str]:
+    """Runs the benchmarks of `device`; {script: what came of it}."""
+    outcomes = {}
+    for script, arguments in BENCHMARKS.items():
+        if device != "cpu" and script in CPU_ONLY:
+            continue
+        print(f"== {script}", flush=True)
+        given = tuple(word.format(device=device, data=data) for word in arguments)
+        outcomes[script], result = run(script, given, limit_s, env)
+        print(outcomes[script])
+        for line in ratios(result["rows"]) if result else ():
+            print(f"   {line}", flush=True)
+    return outcomes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    parser.add_argument("--data", default="data/scenes/train", help="shards for bench_masking.py")
+    parser.add_argument("--limit-s", type=int, default=600, help="most seconds for one benchmark")
+    args = parser.parse_args()
+    # Without a GPU in sight nothing can run there by mistake.
+    env = dict(os.environ) | ({"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {})
+    outcomes = run_all(args.device, args.data, args.limit_s, env)
+    print(json.dumps(outcomes))
+    return 0 if all(outcome.startswith("done") for outcome in outcomes.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
