@@ -192,10 +192,11 @@ def noun_words(captions: list[str], texts: list[Text], tagger: str) -> list[set[
     from posmask.prep.tagging import align, find_tagger, load_tagger, tag
 
     tokens = tag(load_tagger(find_tagger(tagger)), captions)
-    return [
-        {int(word) for word, bits in zip(text.word_of[1:-1], align(text.spans, found), strict=True) if bits & NOUNS}
-        for text, found in zip(texts, tokens, strict=True)
-    ]
+    nouns = []
+    for text, found in zip(texts, tokens, strict=True):
+        of_pieces = zip(text.word_of[1:-1].tolist(), align(text.spans, found), strict=True)
+        nouns.append({word for word, (bits, _) in of_pieces if bits & NOUNS})
+    return nouns
 
 
 def word_queries(text: Text, word: int, image: int, owner: int, mask_id: int) -> list[Query]:

@@ -93,7 +93,7 @@ class PhotoEncoder:
                 data = normalise(path.read_bytes(), MAX_SHORT_SIDE, JPEG_QUALITY).data
             except (BrokenImage, OSError) as error:
                 raise ValueError(f"{path}: {error}; replace it, or remove it and use --allow-missing") from None
-            encoded.append(np.frombuffer(data, np.uint8))
+            encoded.append(np.frombuffer(bytearray(data), np.uint8))  # writable, as torch wants it
         whole = np.zeros((len(names), 2), np.float32), np.ones((len(names), 2), np.float32)
         pixels = self.decoder(encoded, *whole, names).permute(0, 3, 1, 2).float()
         return (pixels - self.mean) / self.std
