@@ -457,7 +457,7 @@ def test_masks_are_frozen(name, make_text):
 
 
 def test_a_caption_longer_than_the_plan_allows_is_an_error(make_text):
-    with pytest.raises(IndexError):
+    with pytest.raises(RuntimeError, match="out of bounds"):
         select(make_text(50), replace(WHOLE_WORD, max_caption_tokens=8))
 
 

@@ -272,7 +272,7 @@ def test_a_foreign_folder_is_left_alone(pictures, tmp_path, capsys):
 def test_an_interrupt_leaves_finished_parts_only_and_the_build_continues(pictures, tmp_path):
     for i in range(10, 250):
         (pictures / f"{i}.jpg").write_bytes(jpeg(i % 100))
-        (pictures / f"{i}.txt").write_text(f"{CAPTIONS[i % 3]}\n" * 4)
+        (pictures / f"{i}.txt").write_text(f"{CAPTIONS[i % 3]}\n" * 20)  # seconds of tagging are left to interrupt
     out = tmp_path / "out"
     more = ["--records-per-part", "16"]
     command = [sys.executable, "-m", "posmask.prep.build_shards", *arguments(pictures, out, *more, "--workers", "2")]
