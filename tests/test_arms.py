@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,13 +16,15 @@ from hypothesis import strategies as st
 
 from posmask.kernels.mask_plan import MaskMix
 from posmask.kernels.mask_tokens import caption_arms, mask_tokens
-from posmask.prep import pos
+from posmask.prep import build_shards, pos
 from posmask.prep.pos import BITS, MASKABLE, UPOS_BIT, WORD_START
 from posmask.train.capacity import capacity
+from posmask.train.loader import Shards, caption_keys
 from posmask.train.masking import ARMS, parse_mask
 
 TOKENIZER = {"mask_id": 4, "vocab_size": 1000, "never_drawn": [0, 1, 2, 3, 4, 100, 101]}
 SCORES = ("concreteness", "difference")
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 WEIGHTS = torch.arange(1, 18, dtype=torch.int32)
 
 
@@ -99,11 +105,8 @@ def test_every_arm_has_a_rule():
     assert set(RULES) == set(ARMS)
 
 
-@settings(max_examples=8, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), num_captions=st.integers(1, 40))
-@pytest.mark.parametrize("name", RULES)
-def test_an_arm_keeps_its_rule(make_rich_text, name, seed, num_captions):
-    text, plan = make_rich_text(num_captions, seed), plan_of(name)
+def assert_rule(text, name):
+    plan = plan_of(name)
     result = run(text, plan, capacity(plan, text.tags.numpy(), text.caption_starts.numpy()))
     assert result.overflow == 0
     chosen = torch.zeros(len(text.tags), dtype=torch.bool)
@@ -132,6 +135,69 @@ def test_an_arm_keeps_its_rule(make_rich_text, name, seed, num_captions):
                 assert places == list(range(places[0], places[-1] + 1))
             else:
                 assert num_allowed == 0 or name == "concrete"
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), num_captions=st.integers(1, 40))
+@pytest.mark.parametrize("name", RULES)
+def test_an_arm_keeps_its_rule(make_rich_text, name, seed, num_captions):
+    assert_rule(make_rich_text(num_captions, seed), name)
+
+
+@pytest.fixture(scope="module")
+def real_text(tmp_path_factory):
+    """All captions of the real photos, with every bit and both scores (of made-up ratings and vectors)."""
+    if not DATA.is_dir():
+        pytest.skip(f"no {DATA}")
+    folder, rng = tmp_path_factory.mktemp("coco"), np.random.default_rng(0)
+    annotations = DATA / "coco_photos" / "captions_val2017.json"
+    captions = [entry["caption"] for entry in json.loads(annotations.read_text())["annotations"]]
+    words = sorted({word for caption in captions for word in re.findall("[a-z]+", caption.lower())})
+    rows = {
+        "concreteness": [f"{word}\t{rng.uniform(1, 5):.2f}" for word in words[::2]],
+        "frequencies": [f"{word}\t{rng.integers(1, 1000)}" for word in words],
+        "embeddings": [f"{word} {' '.join(f'{x:.3f}' for x in rng.normal(size=5))}" for word in words],
+    }
+    flags = []
+    for name, lines in rows.items():
+        (folder / name).write_text("\n".join(lines) + "\n")
+        flags += [f"--{name}", str(folder / name)]
+    images = DATA / "coco_photos" / "val2017"
+    argv = ["coco", "--annotations", str(annotations), "--images", str(images), "--out", str(folder / "shards")]
+    assert build_shards.main([*argv, *flags, "--tokenizer", f"{DATA}/bert_uncased/vocab.txt"]) == 0
+    shards = Shards((str(folder / "shards"),))
+    assert set(shards.manifest.bits_computed) == set(BITS) and shards.manifest.scores == SCORES
+    samples = [shards[i] for i in range(len(shards))]
+    tokens, tags, scores, lengths = (
+        np.concatenate([sample[name] for sample in samples]) for name in ("tokens", "tags", "scores", "caption_lengths")
+    )
+    num_captions = [len(sample["captions"]) for sample in samples]
+    ids = np.repeat(np.array([sample["id"] for sample in samples], np.uint64), num_captions)
+    return SimpleNamespace(
+        tokens=torch.from_numpy(tokens.astype(np.int32)), tags=torch.from_numpy(tags.view(np.int32)),
+        scores=torch.from_numpy(scores),
+        caption_starts=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int32)),
+        caption_key=caption_keys(ids, np.concatenate([np.arange(n) for n in num_captions])),
+    )  # fmt: skip
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("name", RULES)
+def test_an_arm_keeps_its_rule_on_real_captions(real_text, name):
+    assert_rule(real_text, name)
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("name", ["noun", "random", "span", "object", "content"])
+def test_matched_counts_on_real_captions(real_text, name):
+    lengths = real_text.caption_starts.diff().tolist()
+    counts = []
+    for spec in (name, f"matched:{name}"):
+        result = run(real_text, plan_of(spec), 1 << 14)
+        chosen = torch.zeros(len(real_text.tags), dtype=torch.int64)
+        chosen[result.index[: result.num_masked].long()] = 1
+        counts.append([int(part.sum()) for part in chosen.split(lengths)])
+    assert counts[0] == counts[1] and sum(counts[0]) > 500
 
 
 @pytest.mark.parametrize("name", [*RULES, "matched:noun", "shuffled:noun", "decay:span", "noun@0.5+span@0.5"])
