@@ -277,7 +277,11 @@ def test_an_interrupt_leaves_finished_parts_only_and_the_build_continues(picture
     more = ["--records-per-part", "16"]
     command = [sys.executable, "-m", "posmask.prep.build_shards", *arguments(pictures, out, *more, "--workers", "2")]
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
-    child = subprocess.Popen(command, **pipes, start_new_session=True)
+
+    def hear_interrupts():  # a shell's background jobs are born deaf to them, and so would be what this test starts
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    child = subprocess.Popen(command, **pipes, start_new_session=True, preexec_fn=hear_interrupts)
     while not (out / "part-00000.json").exists() and child.poll() is None:
         time.sleep(0.02)
     os.killpg(child.pid, signal.SIGINT)  # as a terminal does it: to the workers, too
