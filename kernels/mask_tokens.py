@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,6 +84,16 @@ class _Captions:
     @cached_property
     def layout(self) -> _Layout:
         return _Layout(self.starts, len(self.tags))
+
+
+def _candidates(tags: Tensor, plan: MaskPlan) -> Tensor:
+    """(T,) bool."""
+    if plan.candidates.bit_count() == 1:  # one comparison asks for both
+        both = plan.candidates | plan.maskable
+        candidate = (tags & both) == both
+    else:
+        candidate = ((tags & plan.maskable) != 0) & ((tags & plan.candidates) != 0)
+    return candidate & ((tags & plan.excluded) == 0) if plan.excluded else candidate
 
 
 def _take_units(candidate: Tensor, head: Tensor, budget: Tensor, rank: Tensor, plan: MaskPlan, at: _Layout) -> Tensor:
@@ -188,29 +199,29 @@ def _select_one(of: _Captions, plan: MaskPlan, draws: tuple[Tensor, ...]) -> tup
     at, tags, maskable = of.layout, of.tags, (of.tags & plan.maskable) != 0
     if plan.shuffled:
         tags = _shuffle_words(tags, maskable, draws[2], plan, at)
-    candidate = maskable & ((tags & plan.candidates) != 0) & ((tags & plan.excluded) == 0)
+    candidate = _candidates(tags, plan)
     head = at.heads(candidate, (tags & plan.unit_start) != 0 if plan.unit_start else None)
     key, key_bits = draws[0], 32
     if plan.weights != "equal":
         weights = _weights(candidate, head, tags, of, plan, at)
         candidate &= _pick(weights, head) > 0
         key, key_bits = race_keys(draws[0], weights.clamp(min=1)), KEY_BITS
-    is_head, budget, group = candidate & (head == at.place), plan.budget(at.lengths), head
-    if plan.amount == "all":
-        chosen = candidate
-    elif plan.amount == "rate":
+    chosen, group = candidate, head
+    if plan.amount == "rate":
         chosen = candidate & (_pick(draws[0], head) < round(plan.rate * 2**32))
-    elif plan.amount == "one":
-        chosen = candidate & (_pick(at.rank(is_head, key, key_bits), head) == 0)
-    elif plan.span_lengths:
-        num_units = 1 + sum((draws[1] >= limit).long() for limit in plan.span_lengths[:-1])
-        chosen, group = _take_spans(candidate, head, budget, at.rank(candidate, draws[0]), num_units, plan, at)
-    elif not plan.unit_start:
-        chosen = candidate & (at.rank(candidate, key, key_bits) < _pick(budget, at.caption))
-    elif plan.exact:
-        chosen = _fill(candidate, head, budget, draws[:2], plan, at)
-    else:
-        chosen = _take_units(candidate, head, budget, at.rank(is_head, key, key_bits), plan, at)
+    elif plan.amount != "all":
+        is_head, budget = candidate & (head == at.place), plan.budget(at.lengths)
+        if plan.amount == "one":
+            chosen = candidate & (_pick(at.rank(is_head, key, key_bits), head) == 0)
+        elif plan.span_lengths:
+            num_units = 1 + sum((draws[1] >= limit).long() for limit in plan.span_lengths[:-1])
+            chosen, group = _take_spans(candidate, head, budget, at.rank(candidate, draws[0]), num_units, plan, at)
+        elif not plan.unit_start:
+            chosen = candidate & (at.rank(candidate, key, key_bits) < _pick(budget, at.caption))
+        elif plan.exact:
+            chosen = _fill(candidate, head, budget, draws[:2], plan, at)
+        else:
+            chosen = _take_units(candidate, head, budget, at.rank(is_head, key, key_bits), plan, at)
     if plan.otherwise is not None:
         other, other_group = _select_one(of, plan.otherwise, draws)
         empty = _pick(at.sum_per_caption(candidate) == 0, at.caption)
@@ -236,8 +247,7 @@ def _select(of: _Captions, plan: MaskPlan | MaskMix, seed: int, epoch: int) -> t
     """(T,) bool what is chosen, and (T,) the place whose draw decides each replacement; None if it is the own one."""
     first, *others = plans_of(plan)
     if not others and first.amount == "all" and not (first.matched or first.shuffled or first.otherwise):
-        chosen = ((of.tags & first.maskable) != 0) & ((of.tags & first.candidates) != 0)
-        return (chosen & ((of.tags & first.excluded) == 0) if first.excluded else chosen), None
+        return _candidates(of.tags, first), None
     at = of.layout
     # Words 0 and 1 choose units and pieces of the plan, 2 and 3 those of its twin, which must not follow the plan's.
     draws = draw_words(SELECT, at.position, at.caption, of.key, seed, epoch)
@@ -286,6 +296,22 @@ def _replacements(
     return new
 
 
+def _emit_on_cpu(
+    tokens: Tensor, chosen: Tensor, group: Tensor | None, of: _Captions, plan: MaskPlan | MaskMix, seed: int,
+    epoch: int, capacity: int,
+) -> MaskedTokens:  # fmt: skip
+    """The end of `mask_tokens_reference` where a count may be read at once: the work shrinks to the live rows."""
+    place = chosen.numpy().nonzero()[0]
+    live, masked = place[:capacity], tokens.numpy().copy()
+    index, targets = np.zeros(capacity, np.int32), np.full(capacity, IGNORED, np.int32)
+    index[: len(live)], targets[: len(live)] = live, masked[live]
+    rows = torch.from_numpy(live)
+    group = None if group is None else _pick(group, rows)
+    masked[live] = _replacements(torch.from_numpy(targets[: len(live)]), rows, group, of, plan, seed, epoch).numpy()
+    counts = np.array([len(live), len(place) - len(live)], np.int32)
+    return MaskedTokens(*map(torch.from_numpy, (masked, index, targets)), *torch.from_numpy(counts).unbind())
+
+
 def select_reference(
     tags: Tensor, caption_starts: Tensor, caption_key: Tensor, plan: MaskPlan | MaskMix, seed: int, epoch: int,
     scores: Tensor | None = None, bit_weights: Tensor | None = None,
@@ -301,19 +327,8 @@ def mask_tokens_reference(
     """The readable form of `mask_tokens`, whose arguments it shares."""
     of = _Captions(tags, scores, caption_starts, caption_key, bit_weights)
     chosen, group = _select(of, plan, seed, epoch)
-    if tokens.device.type == "cpu":  # where a count may be read at once, the work shrinks to the live rows
-        place = chosen.nonzero().flatten()
-        live = place[:capacity]
-        targets = tokens[live]
-        new = _replacements(targets, live, None if group is None else group[live], of, plan, seed, epoch)
-        spare = capacity - len(live)
-        return MaskedTokens(
-            tokens.index_copy(0, live, new),
-            torch.nn.functional.pad(live.int(), (0, spare)),
-            torch.nn.functional.pad(targets, (0, spare), value=IGNORED),
-            torch.tensor(len(live), dtype=torch.int32),
-            torch.tensor(len(place) - len(live), dtype=torch.int32),
-        )
+    if tokens.device.type == "cpu":
+        return _emit_on_cpu(tokens, chosen, group, of, plan, seed, epoch, capacity)
     num_tokens, count = len(tokens), chosen.sum()
     place = torch.arange(num_tokens, device=tokens.device)
     # Both writes send what has no place to one extra slot at the end, which is then cut off.

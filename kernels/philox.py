@@ -17,6 +17,7 @@ SELECT, REPLACE, VALUE, CROP, CAPTION, IMAGE, ARM, NEGATIVE = range(8)
 
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
+_COLUMN, _LOW, _HALF = np.array(_MULTIPLIERS, np.uint64)[:, None], np.uint64(U32), np.uint64(16)
 
 
 def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
@@ -38,37 +39,39 @@ def draw_words(
     `caption | masking << 16, id_lo, id_hi`, where caption is the index inside the stored sample. seed, epoch: in
     [0, 2³²).
     """
+    if position.device.type == "cpu":
+        return _draw_on_cpu(purpose, position, caption, caption_key, seed, epoch)
     words = (caption_key.t().long() & U32).index_select(1, caption)
     return _rounds(position | purpose << 16, *words, seed, epoch)
 
 
 def _rounds(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: int, k1: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    assert 0 <= k0 <= U32 and 0 <= k1 <= U32, f"a key is two 32-bit words: {k0}, {k1}"
-    if c0.device.type == "cpu":
-        return _rounds_on_cpu(c0, c1, c2, c3, k0, k1)
-    for _ in range(10):
+    for key in _round_keys(k0, k1):
         # A product wraps modulo 2⁶⁴, so its bits are right although its sign is not. Only the words that are multiplied
         # next need their upper half cleared.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1 = (p1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(U32), p1
-        c2, c3 = (p0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(U32), p0
-        k0, k1 = (k0 + _WEYL[0]) & U32, (k1 + _WEYL[1]) & U32
+        c0, c1 = (p1 >> 32).bitwise_xor_(c1).bitwise_xor_(key[0]).bitwise_and_(U32), p1
+        c2, c3 = (p0 >> 32).bitwise_xor_(c3).bitwise_xor_(key[1]).bitwise_and_(U32), p0
     return c0, c1 & U32, c2, c3 & U32
 
 
-def _rounds_on_cpu(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: int, k1: int) -> tuple[Tensor, ...]:
-    """The same rounds in NumPy, whose small operations cost a third of torch's; both halves of a round at once."""
-    multiplied = np.stack([c0.numpy(), c2.numpy()]).view(np.uint64)
-    added = np.stack([c1.numpy(), c3.numpy()]).view(np.uint64)
-    column = (2,) + (1,) * c0.ndim
-    multipliers = np.array(_MULTIPLIERS, np.uint64).reshape(column)
-    keys = [[(k + i * weyl) & U32 for k, weyl in zip((k0, k1), _WEYL, strict=True)] for i in range(10)]
-    low, half = np.uint64(U32), np.uint64(32)
-    for key in np.array(keys, np.uint64).reshape(10, *column):
-        crossed = (multiplied * multipliers)[::-1]
-        np.right_shift(crossed, half, out=multiplied)
+def _round_keys(k0: int, k1: int) -> list[tuple[int, int]]:
+    assert 0 <= k0 <= U32 and 0 <= k1 <= U32, f"a key is two 32-bit words: {k0}, {k1}"
+    return [((k0 + i * _WEYL[0]) & U32, (k1 + i * _WEYL[1]) & U32) for i in range(10)]
+
+
+def _draw_on_cpu(purpose, position, caption, caption_key, seed, epoch) -> tuple[Tensor, ...]:
+    """`draw_words` in NumPy, whose small operations cost a third of torch's; both halves of a round at once."""
+    words = caption_key.numpy().view(np.uint32).T.astype(np.uint64).take(caption.numpy(), axis=1)
+    multiplied, added = np.empty((2, len(position)), np.uint64), words[::2]
+    np.bitwise_or(position.numpy().view(np.uint64), np.asarray(purpose, np.uint64) << _HALF, out=multiplied[0])
+    multiplied[1] = words[1]
+    product = np.empty_like(multiplied)
+    crossed = product[::-1]
+    for key in np.array(_round_keys(seed, epoch), np.uint64)[:, :, None]:
+        np.multiply(multiplied, _COLUMN, out=product)
+        np.right_shift(crossed, np.uint64(32), out=multiplied)
         multiplied ^= added
         multiplied ^= key
-        np.bitwise_and(crossed, low, out=added)
-    words = torch.from_numpy(np.stack([multiplied, added], 1).view(np.int64))
-    return words[0, 0], words[0, 1], words[1, 0], words[1, 1]
+        np.bitwise_and(crossed, _LOW, out=added)
+    return tuple(torch.from_numpy(row.view(np.int64)) for pair in zip(multiplied, added, strict=True) for row in pair)
