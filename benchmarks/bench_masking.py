@@ -6,7 +6,8 @@
 that is padded already, once as the collator calls it by default and once with the special tokens marked beforehand,
 its best setting), DataCollatorForWholeWordMask, and a collate function that tags with spaCy (batches of 256, the
 components that tags don't need left out) and masks nouns. Before any timing, rates and the nouns found are compared.
-Without spaCy its rows are left out, and said to be.
+A sample is CALLS calls in a row, of each side in turn; ratios "of single calls" take one call at a time, each into the
+caches that the other side has left behind. Without spaCy its rows are left out, and said to be.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from posmask.train.loader import Shards, caption_keys
 from posmask.train.masking import parse_mask
 
 NUM_CAPTIONS = 512
+CALLS = 10
 ARMS = ("noun", "random", "whole-word", "matched:noun", "span")
 
 
@@ -124,6 +126,7 @@ def check(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("data/scenes/train"))
+    parser.add_argument("--name", help="of the result: results/masking_NAME.json (default: the device)")
     parser.add_argument("--repeats", type=int, default=30)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -145,12 +148,16 @@ def main() -> None:
     timed["hf mask step, special tokens given"] = lambda: random_collator.torch_mask_tokens(padded.clone(), special)
     timed["hf collator"] = lambda: random_collator(examples)
     timed["hf whole-word collator"] = lambda: word_collator(examples)
-    samples = interleave(timed, args.repeats)
+    in_a_row = {name: (lambda fn=fn: [fn() for _ in range(CALLS)]) for name, fn in timed.items()}
+    samples = {name: [ms / CALLS for ms in all_ms] for name, all_ms in interleave(in_a_row, args.repeats).items()}
+    single = interleave(timed, args.repeats)
     rows = [{"what": name, "tokens": len(batch.host_tags), **quantiles(ms)} for name, ms in samples.items()]
     language_model = ("hf mask step", "hf mask step, special tokens given", "hf collator")
     peers = {"noun": language_model, "random": language_model, "whole-word": ("hf whole-word collator",)}
     for arm, names in peers.items():
-        rows += [{"ratio": f"{name} / {arm}", "value": ratio(samples[name], samples[arm])} for name in names]
+        for name in names:
+            rows.append({"ratio": f"{name} / {arm}", "value": ratio(samples[name], samples[arm])})
+            rows.append({"ratio": f"{name} / {arm}, of single calls", "value": ratio(single[name], single[arm])})
     if spacy_collator is None:
         rows.append({"what": "spacy collator", "not_timed": "spaCy is not installed"})
     else:
@@ -160,7 +167,7 @@ def main() -> None:
     rows.append({"checked": {name: round(value, 5) for name, value in checked.items()}})
     for row in rows:
         print(row, file=sys.stderr)
-    write_result(f"masking_{device.type}", rows, "transformers", "spacy", "numpy")
+    write_result(f"masking_{args.name or device.type}", rows, "transformers", "spacy", "numpy")
 
 
 if __name__ == "__main__":
