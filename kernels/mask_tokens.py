@@ -276,8 +276,8 @@ def _replacements(
     position, caption = of.layout.position, _pick(of.layout.caption, index)
     # One call for both draws: what [MASK] competes with is drawn for the group, the random token for the piece.
     positions = torch.cat([_pick(position, index if group is None else group), _pick(position, index)])
-    purposes = torch.tensor([REPLACE, VALUE], device=index.device).repeat_interleave(len(index))
-    words = draw_words(purposes, positions, caption.repeat(2), of.key, seed, epoch)[0]
+    purposes = torch.tensor([[REPLACE], [VALUE]], device=index.device).expand(2, len(index)).flatten()
+    words = draw_words(purposes, positions, torch.cat([caption, caption]), of.key, seed, epoch)[0]
     kind, value = words.view(2, len(index))
     mask_below, random_below = (limit if len(plans) == 1 else None for limit in plans[0].thresholds)
     if len(plans) > 1:

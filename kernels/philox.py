@@ -7,6 +7,8 @@ tensors, which have the shifts and compares that uint32 tensors lack.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -55,9 +57,15 @@ def _rounds(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: int, k1: int) ->
     return c0, c1 & U32, c2, c3 & U32
 
 
+@cache
 def _round_keys(k0: int, k1: int) -> list[tuple[int, int]]:
     assert 0 <= k0 <= U32 and 0 <= k1 <= U32, f"a key is two 32-bit words: {k0}, {k1}"
     return [((k0 + i * _WEYL[0]) & U32, (k1 + i * _WEYL[1]) & U32) for i in range(10)]
+
+
+@cache
+def _key_columns(k0: int, k1: int) -> np.ndarray:
+    return np.array(_round_keys(k0, k1), np.uint64)[:, :, None]
 
 
 def _draw_on_cpu(purpose, position, caption, caption_key, seed, epoch) -> tuple[Tensor, ...]:
@@ -68,7 +76,7 @@ def _draw_on_cpu(purpose, position, caption, caption_key, seed, epoch) -> tuple[
     multiplied[1] = words[1]
     product = np.empty_like(multiplied)
     crossed = product[::-1]
-    for key in np.array(_round_keys(seed, epoch), np.uint64)[:, :, None]:
+    for key in _key_columns(seed, epoch):
         np.multiply(multiplied, _COLUMN, out=product)
         np.right_shift(crossed, np.uint64(32), out=multiplied)
         multiplied ^= added
