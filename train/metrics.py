@@ -134,7 +134,7 @@ class MetricsLog:
 
     def __init__(self, run: Path, world: World, counters: dict[str, float], start_step: int, wandb: bool):
         self.run, self.is_main = run, world.is_main
-        self.counters = dict(counters)
+        self.counters = dict.fromkeys(COUNTERS, 0) | counters
         self.time_before_s = counters.get("time_s", 0.0)
         self.started_s = time.monotonic()
         self.events = self.wandb = None

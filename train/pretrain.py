@@ -91,11 +91,11 @@ def pretrain(config: RunConfig, world: World, stop: StopSignal) -> int:
 
     engine = make_engine(model, config, settings, world.device)
     policy = POLICIES[masking.policy](world.device)
-    state = {"step": 0, "counters": dict.fromkeys(metrics.COUNTERS, 0), "policy": policy.state()}
+    state = {"step": 0, "counters": {}, "policy": policy.state()}
     if source is not None:
         warm = partial(warm_up, engine, config, shards, collate, masking.at(0.0), policy.bit_weights)
         state = checkpoint.restore(engine, source, warm)
-        policy.restore(state["policy"])
+        policy.restore(state.get("policy", {}))  # checkpoints from before there were policies had none to keep
     say(world, describe_start(config, world, shards, model, state["step"]))
     loader = Loader(
         shards, collate, seed=config.seed, batch_size=config.batch_size, micro_batch_size=micro_batch_size,
