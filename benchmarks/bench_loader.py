@@ -2,6 +2,7 @@
 
     python benchmarks/bench_loader.py                      # on scenes drawn for it
     python benchmarks/bench_loader.py --photos FOLDER      # and on a folder of JPEG photos, as they are and prepared
+    python benchmarks/bench_loader.py --device cuda --photos FOLDER    # our decoders alone, 512 photos a batch
 
 Everything runs in one process. Samples must be equal, and pixels within a few grey levels, or no speed is printed.
 """
@@ -14,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +27,11 @@ from timing import interleave, quantiles, ratio, write_result
 
 from posmask.prep.images import normalise
 from posmask.train.config import IMAGE_MEAN, IMAGE_STD
+from posmask.train.decode import num_cores
 from posmask.train.loader import Collator, Shards, View
 
 CPU = torch.device("cpu")
+GPU_BATCH = 512
 LARGEST_DIFFERENCE = 3.0  # mean grey levels; other libraries round, and place the borders of a crop, otherwise
 
 
@@ -100,13 +104,53 @@ def bench_decode(
     return result
 
 
+def bench_on_gpu(name: str, encoded: list[bytes], repeats: int) -> dict:
+    """Images per second of our decoders, normalised and on the GPU at the end, as far as they are installed."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    samples = [{"id": i, "key": str(i), "image": encoded[i % len(encoded)]} for i in range(GPU_BATCH)]
+    decoders = ["cpu"] + ["dali"] * (find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None)
+    images, calls = {}, {}
+    for decode in decoders:
+        whole, crop = (
+            Collator(View(0, 224, IMAGE_MEAN, IMAGE_STD, crop_scale=scale), 0, GPU_BATCH, decode, device)
+            for scale in ((1.0, 1.0), (0.9, 1.0))
+        )
+        images[decode] = whole.decode_images(samples, 0)[1]
+        calls[decode] = lambda crop=crop: crop.decode_images(samples, 0)
+    std = torch.tensor(IMAGE_STD, device=device).view(1, 3, 1, 1) * 255
+    differences = {decode: float(((x - images["cpu"]) * std).abs().mean()) for decode, x in images.items()}
+    if not max(differences.values()) < LARGEST_DIFFERENCE:
+        raise SystemExit(f"{name}: the decoders differ by {differences} grey levels; no speed is measured")
+    times = interleave(calls, repeats)
+    return {
+        "row": "decode", "images": name, "count": GPU_BATCH, "image_size": 224, "cores": num_cores(),
+        "mean_bytes": round(np.mean([len(data) for data in encoded])),
+        "images_per_s": {call: round(1e3 * GPU_BATCH / np.median(values)) for call, values in times.items()},
+        "times": {call: quantiles(values) for call, values in times.items()},
+        "mean_grey_level_difference": differences,
+        "missing": [] if "dali" in decoders else ["nvidia.dali"],
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scenes", type=int, default=2000, help="scenes drawn for the reader")
     parser.add_argument("--photos", type=Path, help="folder of JPEG photos")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
     os.environ.setdefault("LOCAL_WORLD_SIZE", "1")
+    packages = "torchvision", "pillow", "nvidia-dali-cuda130", "open_clip_torch", "mosaicml-streaming"
+    if args.photos:
+        photos = [path.read_bytes() for path in sorted(args.photos.glob("*.jpg"))[:64]]
+        prepared = [normalise(data, 256, 90).data for data in photos]
+    if args.device == "cuda":
+        if not args.photos:
+            parser.error("--device cuda needs --photos")
+        rows = [bench_on_gpu(name, images, args.repeats) for name, images in
+                (("photos, prepared", prepared), ("photos", photos))]  # fmt: skip
+        write_result("loader-gpu", rows, *packages)
+        return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         # A process of its own: StreamingDataset hangs in one that has had worker processes.
@@ -117,10 +161,7 @@ def main() -> None:
         scenes = [shards[i]["image"] for i in range(128)]
         rows.append(bench_decode("scenes", scenes, 64, args.repeats))
     if args.photos:
-        photos = [path.read_bytes() for path in sorted(args.photos.glob("*.jpg"))[:64]]
-        prepared = [normalise(data, 256, 90).data for data in photos]
         rows.append(bench_decode("photos, prepared", prepared, 224, args.repeats, photos))
-    packages = "torchvision", "pillow", "nvidia-dali-cuda130", "open_clip_torch", "mosaicml-streaming"
     write_result("loader", rows, *packages)
 
 

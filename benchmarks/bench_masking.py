@@ -2,12 +2,13 @@
 
     python benchmarks/bench_masking.py --data data/scenes/train
 
-512 captions of the shards. Peers: DataCollatorForLanguageModeling (whole: pad and mask; its mask step alone, on a batch
-that is padded already, once as the collator calls it by default and once with the special tokens marked beforehand,
-its best setting), DataCollatorForWholeWordMask, and a collate function that tags with spaCy (batches of 256, the
-components that tags don't need left out) and masks nouns. Before any timing, rates and the nouns found are compared.
-A sample is CALLS calls in a row, of each side in turn; ratios "of single calls" take one call at a time, each into the
-caches that the other side has left behind. Without spaCy its rows are left out, and said to be.
+512 captions of the shards (2,048 on a GPU, where ours is also recorded into a CUDA graph, to time its kernels alone).
+Peers: DataCollatorForLanguageModeling (whole: pad and mask; its mask step alone, on a batch that is padded already,
+once as the collator calls it by default and once with the special tokens marked beforehand, its best setting),
+DataCollatorForWholeWordMask, and a collate function that tags with spaCy (batches of 256, the components that tags
+don't need left out) and masks nouns. Before any timing, rates and the nouns found are compared. A sample is CALLS calls
+in a row, of each side in turn; ratios "of single calls" take one call at a time, each into the caches that the other
+side has left behind. Without spaCy its rows are left out, and said to be.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import sys
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from timing import interleave, quantiles, ratio, write_result
+import transformers
+from timing import graphed, interleave, quantiles, ratio, write_result
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, DataCollatorForWholeWordMask
 
 from posmask.kernels.mask_tokens import MaskedTokens, mask_tokens
@@ -31,15 +34,16 @@ from posmask.train.capacity import capacity
 from posmask.train.loader import Shards, caption_keys
 from posmask.train.masking import parse_mask
 
-NUM_CAPTIONS = 512
-CALLS = 10
+NUM_CAPTIONS = {"cpu": 512, "cuda": 2048}
+CALLS = {"cpu": 10, "cuda": 1}
 ARMS = ("noun", "random", "whole-word", "matched:noun", "span")
 
 
 def make_batch(shards: Shards, device: torch.device) -> SimpleNamespace:
-    """The first captions of the shards, packed as the loader packs them, and as texts."""
+    """The first captions of the shards (again from the start where they end), packed as by the loader, and as texts."""
+    num_captions = NUM_CAPTIONS[device.type]
     columns: dict[str, list] = {name: [] for name in ("tokens", "tags", "lengths", "ids", "captions", "texts")}
-    for i in range(len(shards)):
+    for i in cycle(range(len(shards))):
         sample = shards[i]
         for name in ("tokens", "tags"):
             columns[name].append(sample[name])
@@ -47,23 +51,26 @@ def make_batch(shards: Shards, device: torch.device) -> SimpleNamespace:
         columns["ids"] += [sample["id"]] * len(sample["captions"])
         columns["captions"] += range(len(sample["captions"]))
         columns["texts"] += sample["captions"]
-        if len(columns["lengths"]) >= NUM_CAPTIONS:
+        if len(columns["lengths"]) >= num_captions:
             break
-    starts = np.concatenate([[0], np.cumsum(columns["lengths"][:NUM_CAPTIONS])]).astype(np.int32)
+    starts = np.concatenate([[0], np.cumsum(columns["lengths"][:num_captions])]).astype(np.int32)
     tags = np.concatenate(columns["tags"])[: starts[-1]]
     tokens = np.concatenate(columns["tokens"])[: starts[-1]].astype(np.int32)
-    key = caption_keys(np.array(columns["ids"][:NUM_CAPTIONS], np.uint64), np.array(columns["captions"][:NUM_CAPTIONS]))
+    ids, captions = (np.array(columns[name][:num_captions]) for name in ("ids", "captions"))
+    key = caption_keys(ids.astype(np.uint64), captions)
     return SimpleNamespace(
         tokens=torch.from_numpy(tokens).to(device), tags=torch.from_numpy(tags.view(np.int32)).to(device),
         starts=torch.from_numpy(starts).to(device), key=key.to(device), host_tags=tags, host_starts=starts,
-        texts=columns["texts"][:NUM_CAPTIONS],
+        texts=columns["texts"][:num_captions],
     )  # fmt: skip
 
 
 def our_step(shards: Shards, batch: SimpleNamespace, arm: str) -> Callable[[int], MaskedTokens]:
     manifest, tokenizer = shards.manifest, shards.manifest.tokenizer
     vocabulary = {
-        "mask_id": tokenizer.mask_id, "vocab_size": tokenizer.vocab_size, "never_drawn": tokenizer.reserved_ids
+        "mask_id": tokenizer.mask_id,
+        "vocab_size": tokenizer.vocab_size,
+        "never_drawn": tokenizer.reserved_ids,
     }
     plan = parse_mask(
         arm, tokenizer=vocabulary, bits_computed=manifest.bits_computed, max_tokens=manifest.max_tokens
@@ -134,6 +141,10 @@ def main() -> None:
     batch = make_batch(shards, device)
     tokenizer = AutoTokenizer.from_pretrained(args.data / "tokenizer")
     examples = [{"input_ids": ids} for ids in tokenizer(batch.texts)["input_ids"]]
+    # The whole-word collator of transformers 5 finds words by offsets, and cannot pad these.
+    encoded = tokenizer(batch.texts, return_offsets_mapping=True, padding=transformers.__version__ >= "5")
+    whole = [{"input_ids": ids, "offset_mapping": places}
+             for ids, places in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]  # fmt: skip
     random_collator = DataCollatorForLanguageModeling(tokenizer)
     warnings.filterwarnings("ignore", message="DataCollatorForWholeWordMask")  # it replaces all words by [MASK]
     word_collator = DataCollatorForWholeWordMask(tokenizer)
@@ -147,10 +158,13 @@ def main() -> None:
     timed["hf mask step"] = lambda: random_collator.torch_mask_tokens(padded.clone(), None)
     timed["hf mask step, special tokens given"] = lambda: random_collator.torch_mask_tokens(padded.clone(), special)
     timed["hf collator"] = lambda: random_collator(examples)
-    timed["hf whole-word collator"] = lambda: word_collator(examples)
-    in_a_row = {name: (lambda fn=fn: [fn() for _ in range(CALLS)]) for name, fn in timed.items()}
-    samples = {name: [ms / CALLS for ms in all_ms] for name, all_ms in interleave(in_a_row, args.repeats).items()}
-    single = interleave(timed, args.repeats)
+    timed["hf whole-word collator"] = lambda: word_collator(whole)
+    calls = CALLS[device.type]
+    in_a_row = {name: (lambda fn=fn: [fn() for _ in range(calls)]) for name, fn in timed.items()}
+    samples = {name: [ms / calls for ms in all_ms] for name, all_ms in interleave(in_a_row, args.repeats).items()}
+    single = interleave(timed, args.repeats) if calls > 1 else samples
+    graphs = {f"{arm}, kernels alone": graphed(timed[arm]) for arm in ARMS} if device.type == "cuda" else {}
+    samples |= interleave(graphs, args.repeats)
     rows = [{"what": name, "tokens": len(batch.host_tags), **quantiles(ms)} for name, ms in samples.items()]
     language_model = ("hf mask step", "hf mask step, special tokens given", "hf collator")
     peers = {"noun": language_model, "random": language_model, "whole-word": ("hf whole-word collator",)}

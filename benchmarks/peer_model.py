@@ -35,6 +35,7 @@ class PeerModel(nn.Module):
         self.fusion = nn.ModuleList(BertLayer(fusion) for _ in model.fusion)
         self.head = BertLMPredictionHead(text)
         self.head.decoder.weight = self.embeddings.word_embeddings.weight
+        self.head.decoder.bias = self.head.bias  # transformers 5 ties them only inside its own models
         renamed = {}
         for key, value in model.state_dict().items():
             is_transform = key.startswith(("head.dense", "head.LayerNorm"))
@@ -49,16 +50,28 @@ class PeerModel(nn.Module):
         x = self.embeddings(tokens)
         mask = torch.where(valid[:, None, None], 0.0, torch.finfo(x.dtype).min).to(x.dtype)
         for layer in self.text:
-            x = layer(x, attention_mask=mask)[0]
+            x = _hidden(layer(x, attention_mask=mask))
         image = image_BND[caption_image.long()]
         for layer in self.fusion:
-            x = layer(x, attention_mask=mask, encoder_hidden_states=image)[0]
+            x = _hidden(layer(x, attention_mask=mask, encoder_hidden_states=image))
         return x
 
     def forward(self, images: Tensor, tokens: Tensor, valid: Tensor, labels: Tensor, caption_image: Tensor) -> Tensor:
         """The summed masked-LM loss; labels (C, L) int64, -100 where nothing is masked."""
         logits = self.head(self.hidden(tokens, valid, self.image(images), caption_image))
         return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+
+
+def _hidden(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """What a BertLayer returns: its hidden states (transformers 5), or a tuple that begins with them (4)."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def place(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model on `device`, its parameters in `dtype`, its statistics (BatchNorm's) in fp32, as DeepSpeed has them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.to(device)
 
 
 def pad(packed: Tensor, caption_starts: Tensor, length: int, fill: int = 0) -> Tensor:

@@ -18,14 +18,22 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 BENCHMARKS = {
-    "bench_masked_lm_loss.py": (),
-    "bench_packing.py": ("--device", "{device}", "--presets", "base"),
-    "bench_step.py": ("--device", "{device}"),
-    "bench_loader.py": (),
-    "bench_masking.py": ("--data", "{data}"),
-    "bench_prep.py": ("--records", "2000"),
+    "cpu": {
+        "bench_masked_lm_loss.py": (),
+        "bench_packing.py": ("--device", "cpu", "--presets", "base"),
+        "bench_step.py": ("--device", "cpu"),
+        "bench_loader.py": (),
+        "bench_masking.py": ("--data", "DATA"),
+        "bench_prep.py": ("--records", "2000"),
+    },
+    "cuda": {
+        "bench_masked_lm_loss.py": (),
+        "bench_packing.py": ("--presets", "base"),
+        "bench_masking.py": ("--data", "DATA", "--repeats", "10"),
+        "bench_step.py": ("--data", "DATA..."),
+        "bench_loader.py": ("--device", "cuda", "--photos", "PHOTOS"),
+    },
 }
-CPU_ONLY = ("bench_prep.py",)
 
 
 def run(script: str, arguments: tuple[str, ...], limit_s: int, env: dict[str, str]) -> tuple[str, dict | None]:
@@ -64,16 +72,17 @@ def ratios(value, path: str = "") -> list[str]:
     return found
 
 
-def run_all(device: str, data: str, limit_s: int, env: dict[str, str]) -> dict[str, str]:
-    """Runs the benchmarks of `device`; {script: what came of it}."""
+def run_all(
+    scripts: dict[str, tuple[str, ...]], data: list[str], photos: str, limit_s: int, env: dict[str, str]
+) -> dict[str, str]:
+    """Runs `scripts` with their arguments, in which DATA stands for the first of `data`; {script: what came of it}."""
+    stands_for = {"DATA": data[:1], "DATA...": data, "PHOTOS": [photos]}
     outcomes = {}
-    for script, arguments in BENCHMARKS.items():
-        if device != "cpu" and script in CPU_ONLY:
-            continue
+    for script, arguments in scripts.items():
         print(f"== {script}", flush=True)
-        given = tuple(word.format(device=device, data=data) for word in arguments)
+        given = tuple(word for name in arguments for word in stands_for.get(name, [name]))
         outcomes[script], result = run(script, given, limit_s, env)
-        print(outcomes[script])
+        print(outcomes[script], flush=True)
         for line in ratios(result["rows"]) if result else ():
             print(f"   {line}", flush=True)
     return outcomes
@@ -83,11 +92,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     parser.add_argument("--data", default="data/scenes/train", help="shards for bench_masking.py")
+    parser.add_argument("--photos", help="folder of JPEG photos for bench_loader.py (on a GPU; none: its rows fail)")
     parser.add_argument("--limit-s", type=int, default=600, help="most seconds for one benchmark")
     args = parser.parse_args()
     # Without a GPU in sight nothing can run there by mistake.
     env = dict(os.environ) | ({"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {})
-    outcomes = run_all(args.device, args.data, args.limit_s, env)
+    outcomes = run_all(BENCHMARKS[args.device], [args.data], args.photos or "", args.limit_s, env)
     print(json.dumps(outcomes))
     return 0 if all(outcome.startswith("done") for outcome in outcomes.values()) else 1
 

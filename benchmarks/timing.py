@@ -52,6 +52,24 @@ def _clock_cuda(fn: Callable[[], object]) -> float:
     return start.elapsed_time(end)
 
 
+def graphed(fn: Callable[[], object]) -> Callable[[], object]:
+    """`fn` recorded into a CUDA graph: what is left is the time of its kernels, without the host's launches."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        fn()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = fn()
+
+    def replay() -> object:
+        graph.replay()
+        return result
+
+    return replay
+
+
 def quantiles(samples_ms: list[float]) -> dict[str, float]:
     """{"p20_ms", "p50_ms", "p80_ms"}"""
     cuts = statistics.quantiles(samples_ms, n=10, method="inclusive")

@@ -30,7 +30,7 @@ def capacity(plan: MaskPlan | MaskMix, tags: np.ndarray, caption_starts: np.ndar
     if isinstance(plan, MaskPlan) and plan.amount == "all" and not (plan.shuffled or plan.otherwise):
         # Counted at once: the arms that most runs train with, in the thread that feeds the device.
         rows = np.count_nonzero(_candidates(plan, tags))
-        return max(1, -(-rows // ROWS)) * ROWS
+        return max(1, -(-int(rows) // ROWS)) * ROWS  # of Python's integers: Triton knows no others
     if isinstance(plan, MaskMix):
         parts = [(share, _demand(part, tags, starts)) for share, part in zip(plan.shares, plan.plans, strict=True)]
         mean = sum(share * part.mean for share, part in parts)
@@ -41,7 +41,7 @@ def capacity(plan: MaskPlan | MaskMix, tags: np.ndarray, caption_starts: np.ndar
     likely = demand.mean.sum() + 6 * math.sqrt(max(0.0, demand.variance.sum()))
     # Sums of exact halves and products of a rate: what is whole may come out a hair above it.
     rows = math.ceil(min(demand.most.sum(), likely) - 1e-6)
-    return max(1, -(-rows // ROWS)) * ROWS
+    return max(1, -(-int(rows) // ROWS)) * ROWS  # of Python's integers: Triton knows no others
 
 
 def _demand(plan: MaskPlan, tags: np.ndarray, starts: np.ndarray) -> _Demand:

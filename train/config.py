@@ -105,6 +105,7 @@ class RunConfig:
     seed: int
     dtype: str
     zero_stage: int
+    compile: bool
     mask_amount: str | None
     mask_rate: float | None
     mask_unit: str | None
@@ -139,6 +140,8 @@ class RunConfig:
         low, high = self.crop_scale
         _require(0 < low <= high <= 1, "crop_scale", f"{low},{high}", "two shares of the area, 0 < low <= high <= 1")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "within 0..2^32-1")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("--compile with --zero-stage 3: its parameters come and go; use 0, 1 or 2")
         if self.micro_batch_size is not None:
             _require(self.micro_batch_size >= 1, "micro_batch_size", self.micro_batch_size, "at least 1")
             if self.batch_size % self.micro_batch_size:
@@ -255,6 +258,7 @@ def parse_args(argv: list[str] | None, has_gpu: bool) -> RunConfig:
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU")
     train.add_argument("--zero-stage", type=int, choices=range(4), default=1)
+    train.add_argument("--compile", action="store_true", help="compile the image encoder, which takes a minute")
     train.add_argument("--text-weights", help="BERT weights: a folder, a .safetensors file or a hub name")
     train.add_argument("--image-weights", help="open_clip RN50 checkpoint file")
     train.add_argument("--deepspeed_config", help="JSON merged over the DeepSpeed configuration built here")

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -44,8 +46,14 @@ def make_decoder(decode: str, image_size: int, max_images: int, device: torch.de
         log.warning("--decode auto: nvidia-dali is not installed, decoding with torchvision on the CPU")
         decode = "cpu"
     if decode == "dali" or (decode == "auto" and device.type == "cuda"):
-        return DaliDecoder(image_size, max_images, device)
-    return CpuDecoder(image_size, device)
+        return DaliDecoder(image_size, max_images, device, num_cores())
+    # A GPU leaves the cores to the decoder; on a CPU the model needs them.
+    return CpuDecoder(image_size, device, num_cores() if device.type == "cuda" else 1)
+
+
+def num_cores() -> int:
+    """The cores of this rank: its share of those that the ranks of this machine may use."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class DaliDecoder:
@@ -95,7 +103,6 @@ class DaliDecoder:
             return feed_ndarray(images.as_tensor(), pixels, cuda_stream=torch.cuda.current_stream())
         return torch.from_numpy(np.array(images.as_tensor()))
 
-
     def _find_undecodable(self, encoded: list[np.ndarray], keys: list[str]) -> None:
         """DALI fails a whole batch: raises UndecodableImage for the first that fails alone."""
         for index, (data, key) in enumerate(zip(encoded, keys, strict=True)):
@@ -106,25 +113,36 @@ class DaliDecoder:
 
 
 class CpuDecoder:
-    """torchvision, one sample after the other: libjpeg-turbo, and torch's antialiased resize of uint8."""
+    """torchvision, one sample at a time in each thread: libjpeg-turbo, and torch's antialiased resize of uint8."""
 
-    def __init__(self, image_size: int, device: torch.device):
+    def __init__(self, image_size: int, device: torch.device, num_threads: int = 1):
         self.image_size = image_size
         self.device = device
+        self.map = map
+        if num_threads > 1:
+            # Each thread works on a sample of its own; torch would start a team of threads in every one.
+            self.map = ThreadPoolExecutor(num_threads, "decoder", torch.set_num_threads, (1,)).map
 
     def __call__(self, encoded: list[np.ndarray], anchors: np.ndarray, shapes: np.ndarray, keys: list[str]) -> Tensor:
-        size = (self.image_size, self.image_size)
-        pixels = torch.empty(len(encoded), *size, 3, dtype=torch.uint8)
-        # Python's numbers: numpy's cost more than the decoding of a small image.
-        crops = zip(anchors.tolist(), shapes.tolist(), strict=True)
-        for index, (data, ((x, y), (w, h))) in enumerate(zip(encoded, crops, strict=True)):
+        size = self.image_size
+        pixels = torch.empty(len(encoded), size, size, 3, dtype=torch.uint8)
+
+        def decode(index: int, data: np.ndarray, anchor: list[float], shape: list[float]) -> None:
             try:
-                image = decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB)  # (3, h, w), channels last in memory
+                pixels[index] = self._decode(data, *anchor, *shape)
             except RuntimeError as error:
                 raise UndecodableImage(keys[index], index) from error
-            height, width = image.shape[1:]
-            left, right = round(x * width), round((x + w) * width)
-            top, bottom = round(y * height), round((y + h) * height)
-            image = image[None, :, top : max(bottom, top + 1), left : max(right, left + 1)]
-            pixels[index] = F.interpolate(image, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+
+        # Python's numbers: numpy's cost more than the decoding of a small image.
+        for _ in self.map(decode, range(len(encoded)), encoded, anchors.tolist(), shapes.tolist()):
+            pass
         return pixels.to(self.device)
+
+    def _decode(self, data: np.ndarray, x: float, y: float, w: float, h: float) -> Tensor:
+        """The crop at x, y of size w, h as (S, S, 3) uint8. Raises RuntimeError where `data` is no JPEG."""
+        image = decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB)  # (3, height, width), channels last in memory
+        height, width = image.shape[1:]
+        left, right = round(x * width), round((x + w) * width)
+        top, bottom = round(y * height), round((y + h) * height)
+        image = image[None, :, top : max(bottom, top + 1), left : max(right, left + 1)]
+        return F.interpolate(image, [self.image_size] * 2, mode="bilinear", antialias=True)[0].permute(1, 2, 0)

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import socket
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from posmask.train.config import RunConfig
+from posmask.train.decode import num_cores
 
 # Read when deepspeed is imported; without it, it warns that it found no GPU.
 if not torch.cuda.is_available():
@@ -68,7 +70,7 @@ def start_processes() -> World:
         # The shared-memory all-reduce is compiled on first use (and fails where there is no compiler); gloo is ready.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # Launchers set one OpenMP thread a rank; the ranks share the cores instead.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
+        torch.set_num_threads(num_cores())
         device = torch.device("cpu")
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
@@ -129,6 +131,11 @@ def make_engine(model: torch.nn.Module, config: RunConfig, settings: dict, devic
     """Wraps `model` in a DeepSpeed engine with AdamW; no decay on biases, norms and one-dimensional parameters."""
     import deepspeed
 
+    if config.compile:
+        # What gains from it: norms and ReLUs between convolutions. Text has another number of tokens in every step.
+        if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+            raise ValueError("--compile: there is no C++ compiler, without which torch compiles nothing for a CPU")
+        model.image.compile()
     decayed = [p for p in model.parameters() if p.ndim > 1]
     kept = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]

@@ -54,6 +54,12 @@ class Batch:
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         return replace(self, **moved, images=self.images.to(device, dtype, non_blocking=True))
 
+    def used_on(self, stream: torch.cuda.Stream) -> None:
+        """Keeps the memory of a batch that another stream made until what is queued on `stream` now has used it."""
+        for value in vars(self).values():
+            if isinstance(value, Tensor) and value.is_cuda:
+                value.record_stream(stream)
+
     def with_blank_images(self) -> Batch:
         """The same captions before a blank image: zeros after normalisation, the mean colour."""
         return replace(self, images=torch.zeros_like(self.images))
@@ -130,10 +136,11 @@ class Collator:
         self.skips_bad_samples = on_bad_sample == "skip"
         self.named: set[str] = set()  # bad samples that stderr has named
         self.num_scores = num_scores
+        self.device = device
         self.decoder = make_decoder(decode, view.image_size, max_images, device)
         # (S * 3,), a row of pixels: broadcast over the three channels alone, nothing would be vectorised.
-        mean, std = (torch.tensor(x, device=device).repeat(view.image_size) for x in (view.image_mean, view.image_std))
-        self.scale, self.shift = 1 / (255 * std), -mean / std
+        mean, std = (torch.tensor(x).repeat(view.image_size) for x in (view.image_mean, view.image_std))
+        self.scale, self.shift = (1 / (255 * std)).to(device), (-mean / std).to(device)
 
     def __call__(self, samples: list[dict], epoch: int) -> Batch:
         num_given = len(samples)
@@ -158,9 +165,7 @@ class Collator:
         return Batch(
             tokens=torch.from_numpy(np.concatenate(tokens).astype(np.int32)),
             tags=torch.from_numpy(host_tags.view(np.int32)),
-            scores=torch.from_numpy(
-                np.concatenate(scores) if self.num_scores else np.zeros((num_tokens, 0), np.uint8)
-            ),
+            scores=torch.from_numpy(np.concatenate(scores) if self.num_scores else np.zeros((num_tokens, 0), np.uint8)),
             caption_starts=torch.from_numpy(caption_starts),
             caption_image=torch.tensor(caption_image, dtype=torch.int32),
             caption_key=caption_keys(ids[caption_image], np.array(caption_words)),
@@ -258,6 +263,8 @@ class Loader:
         self.steps = range(start_step, num_steps)
         self._queue: queue.Queue = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
+        # Copies and decoding have a stream of their own; on that of the training step they would wait behind it.
+        self._stream = torch.cuda.Stream(collate.device) if collate.device.type == "cuda" else None
         self._thread = threading.Thread(target=self._produce, name="loader", daemon=True)
         self._thread.start()
 
@@ -265,7 +272,12 @@ class Loader:
         while (item := self._queue.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            yield item
+            batch, ready = item
+            if ready is not None:
+                stream = torch.cuda.current_stream(self.collate.device)
+                stream.wait_event(ready)
+                batch.used_on(stream)
+            yield batch
 
     def close(self) -> None:
         """Stops the thread; a decoder may not be torn down under it."""
@@ -278,10 +290,11 @@ class Loader:
 
     def _produce(self) -> None:
         try:
-            for batch in self._batches():
-                if self._stop.is_set():
-                    return
-                self._queue.put(batch)
+            with torch.cuda.stream(self._stream):  # None: no other stream
+                for batch in self._batches():
+                    if self._stop.is_set():
+                        return
+                    self._queue.put((batch, self._stream and self._stream.record_event()))
             self._queue.put(None)
         except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
             self._queue.put(error)
@@ -297,7 +310,8 @@ class Loader:
             first = (step % per_epoch) * self.batch_size + self.rank * per_rank
             for start in range(first, first + per_rank, self.micro_batch_size):
                 samples = [self.shards[i] for i in order[start : start + self.micro_batch_size]]
-                yield self.collate(samples, epoch)
+                batch = self.collate(samples, epoch)
+                yield batch.to(batch.images.device, batch.images.dtype)
 
 
 def evaluation_batches(

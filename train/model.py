@@ -297,26 +297,27 @@ class PosMaskModel(nn.Module):
     def fuse(
         self, text_TD: Tensor, packing: Packing, image_BND: Tensor, caption_image: Tensor,
         index: Tensor | None = None, live: Tensor | None = None, max_image_tokens: int | None = None,
-        looks: list | None = None,
+        looks: list | None = None, in_order: bool = False,
     ) -> Tensor:  # fmt: skip
         """(T, D) x (B, N, D) -> (T, D), or its rows `index` (M,) alone, which the last layer then works out alone.
 
         caption_image (C,) int32 says which image each caption belongs to. live (M,) bool, as in `Ragged`: spare rows of
         the result mean nothing. max_image_tokens bounds the text tokens of one image (by default: all of them). looks:
-        a list that receives how much each row takes from its image in the last layer.
+        a list that receives how much each row takes from its image in the last layer. in_order: caption_image is known
+        to ascend, as in a `loader.Batch`.
         """
         num_images, num_image_tokens = image_BND.shape[:2]
         image_KD = image_BND.flatten(0, 1)
         owner = caption_image.long()[packing.caption]  # (T,)
         starts = torch.arange(num_images + 1, dtype=torch.int32, device=owner.device) * num_image_tokens
         most = max_image_tokens or len(text_TD)
-        attend_image = Ragged(owner, starts, most, num_image_tokens, is_sorted=False)
+        attend_image = Ragged(owner, starts, most, num_image_tokens, is_sorted=in_order)
         *layers, last = self.fusion
         for layer in layers:
             text_TD = layer(text_TD, packing.within_captions, image_KD, attend_image)
         if index is None:
             return last(text_TD, packing.within_captions, image_KD, attend_image, looks=looks)
-        attend_image = Ragged(owner[index], starts, most, num_image_tokens, is_sorted=False, live=live)
+        attend_image = Ragged(owner[index], starts, most, num_image_tokens, is_sorted=in_order, live=live)
         return last(text_TD, packing.rows_within_captions(index, live), image_KD, attend_image, index, looks)
 
     def predict(self, rows_MD: Tensor, targets: Tensor, num_masked: Tensor, bins=None) -> MaskedLMLoss:
@@ -344,8 +345,9 @@ class PosMaskModel(nn.Module):
         text_TD = self.encode_text(masked.tokens, packing)
         looks = [] if with_reward else None
         rows_MD = self.fuse(
-            text_TD, packing, image_BND, batch.caption_image, index, targets >= 0, batch.max_image_tokens, looks
-        )
+            text_TD, packing, image_BND, batch.caption_image, index, targets >= 0, batch.max_image_tokens, looks,
+            in_order=True,
+        )  # fmt: skip
         mlm = self.predict(rows_MD, targets, masked.num_masked, bins)
         if pairs is None and not with_reward:
             return mlm
