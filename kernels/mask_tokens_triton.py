@@ -24,7 +24,7 @@ from posmask.kernels.race import FRACTION_BITS, TABLE_BITS, WEIGHT_BITS, log_tab
 # What `_select_kernel` writes for a token.
 KEEP_OUT, MASK, RANDOM, ITSELF = range(4)
 NO_CANDIDATE = -1  # count of a caption that waits for the plan's fallback
-MAX_EMIT_PROGRAMS = 256  # each sums the counts of all captions before its own, so few programs read little
+MAX_EMIT_PROGRAMS = 1024  # each sums the counts of all captions before its own, so few programs read little
 
 _SELECT, _REPLACE, _VALUE, _ARM = (tl.constexpr(purpose) for purpose in (SELECT, REPLACE, VALUE, ARM))
 _KEEP_OUT, _MASK, _RANDOM, _ITSELF = (tl.constexpr(kind) for kind in (KEEP_OUT, MASK, RANDOM, ITSELF))

@@ -85,6 +85,12 @@ def relative_errors(found, truth):
     return {name: float((found[name] - g).norm() / g.norm()) for name, g in truth.items() if "key.bias" not in name}
 
 
+def assert_fp32_errors(errors):
+    """A ReLU whose input is within rounding of 0 lets a gradient through on one side alone: changing the images of these
+    tests by 2e-7 changes gradients in the image encoder by 4e-4 on a CPU, and all others by 2e-6."""
+    assert all(error < (1e-2 if name.startswith("image.") else 1e-4) for name, error in errors.items()), errors
+
+
 def test_ragged_attention_in_bf16():
     """varlen_attn against the rectangles in fp32, with rows that are not live, sorted and unsorted."""
     generator = torch.Generator().manual_seed(0)
@@ -118,7 +124,7 @@ def test_a_step_in_fp32_equals_the_cpu(samples, monkeypatch):
     truth, true_gradients = loss_and_gradients(model, collator(CPU)(samples, 0), torch.float32)
     loss, gradients = loss_and_gradients(model.to(GPU), collator(GPU)(samples, 0), torch.float32)
     assert loss == pytest.approx(truth, rel=1e-4)
-    assert max(relative_errors(gradients, true_gradients).values()) < 1e-3
+    assert_fp32_errors(relative_errors(gradients, true_gradients))
 
 
 def test_a_step_in_bf16_is_no_worse_than_on_a_cpu(samples):
@@ -207,4 +213,4 @@ def test_a_compiled_trunk_computes_the_same(samples, monkeypatch):
     model.image.compile()
     compiled = loss_and_gradients(model, batch, torch.float32)
     assert compiled[0] == pytest.approx(plain[0], rel=1e-4)
-    assert max(relative_errors(compiled[1], plain[1]).values()) < 1e-3
+    assert_fp32_errors(relative_errors(compiled[1], plain[1]))
