@@ -145,7 +145,7 @@ def main() -> None:
             config = dataclasses.replace(config, num_text_layers=1, num_fusion_layers=1)
         dtype = torch.bfloat16 if on_gpu else torch.float32
         rows.append(measure(config, 512 if on_gpu else 150, args.repeats, device, dtype))
-    write_result("packing-gpu" if on_gpu else "packing", rows, "transformers")
+    write_result(f"packing_{device.type}", rows, "transformers")
 
 
 if __name__ == "__main__":

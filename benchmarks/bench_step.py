@@ -293,7 +293,8 @@ def bench_captions(setup: Setup, repeats: int) -> dict:
 
 def describe(setup: Setup) -> dict:
     dtype = str(setup.dtype).removeprefix("torch.")
-    return {"preset": setup.config.preset, "images": setup.batch_size, "dtype": dtype}
+    sizes = {"image_size": setup.model_config.image_size, "vocabulary": setup.model_config.vocab_size}
+    return {"preset": setup.config.preset, "images": setup.batch_size, "dtype": dtype, **sizes}
 
 
 def main() -> None:
@@ -302,6 +303,7 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", choices=("laptop", "base"), help="default: base on a GPU, else laptop")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--data", nargs="+", help="shards (2,000 scenes are drawn if none are given)")
+    parser.add_argument("--name", help="of the result: results/step_NAME.json (default: the device)")
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -314,7 +316,7 @@ def main() -> None:
             setup = Setup(preset, args.data or [f"{folder}/train"], device)
             bench = {"parts": bench_parts, "usual": bench_usual, "captions": bench_captions}
             rows += [bench[row](setup, args.repeats) for row in args.rows]
-    write_result("step-gpu" if device.type == "cuda" else "step", rows, "transformers", "open_clip_torch", "pillow")
+    write_result(f"step_{args.name or device.type}", rows, "transformers", "open_clip_torch", "pillow")
 
 
 if __name__ == "__main__":

@@ -86,8 +86,8 @@ def relative_errors(found, truth):
 
 
 def assert_fp32_errors(errors):
-    """A ReLU whose input is within rounding of 0 lets a gradient through on one side alone: changing the images of these
-    tests by 2e-7 changes gradients in the image encoder by 4e-4 on a CPU, and all others by 2e-6."""
+    """A ReLU whose input is within rounding of 0 lets a gradient through on one side alone: images that differ by 2e-7
+    change gradients of these tests by 4e-4 in the image encoder, on a CPU, and by 2e-6 elsewhere."""
     assert all(error < (1e-2 if name.startswith("image.") else 1e-4) for name, error in errors.items()), errors
 
 
