@@ -10,6 +10,8 @@
     python prep/build_shards.py parquet --files train-*.parquet     # images inside, as on the Hugging Face hub
     python prep/build_shards.py tsv --table cc3m.tsv --columns caption,image --images cc3m
 
+Files and folders may be URLs, --files with wildcards: --files 's3://bucket/laion/*.tar' (pip install 'posmask[s3]').
+
 Run again, it continues a build that was stopped, and says so when there is nothing left to do.
 
     python prep/build_shards.py coco ... --part 3/8 --out DIR       # one of eight jobs, which may share the folder
@@ -41,6 +43,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from posmask.prep import arguments, inspection, shards, sources, tagging, units, wordpiece
+from posmask.prep.locations import expand, parse, reaching
 from posmask.prep.ray_engine import prepare as prepare_on_ray
 from posmask.prep.samples import CHUNK_RECORDS, Prepared, Recipe, is_unicode
 from posmask.prep.samples import prepare as prepare_in_processes
@@ -109,10 +112,12 @@ def open_source(args: argparse.Namespace) -> Sequence[Record]:
     """The source that the flags name; a flag that was not given leaves the function's own default."""
     given = {name: value for name in arguments.SOURCE_FLAGS if (value := getattr(args, name)) is not None}
     for name in given.keys() & arguments.PATH_FLAGS:
-        given[name] = [Path(v) for v in given[name]] if isinstance(given[name], list) else Path(given[name])
+        several = isinstance(given[name], list)
+        given[name] = [path for text in given[name] for path in expand(text)] if several else parse(given[name])
     if "table" in given:
         given["path"] = given.pop("table")
-    return getattr(sources, args.source)(**given)
+    with reaching(given.get("images", given.get("path", Path()))):
+        return getattr(sources, args.source)(**given)
 
 
 def build_scenes(args: argparse.Namespace, out: Path) -> None:
