@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -177,7 +179,7 @@ def photos(tmp_path_factory):
 
 
 class ObjectStore:
-    """An S3 server in this process. fault(method, path) fails a request: "error", "truncate" the body, or "drop" it."""
+    """An S3 server in this process. fault(method, path) spoils an answer: error, truncate, drop, or stall."""
 
     def __init__(self) -> None:
         import boto3
@@ -214,7 +216,14 @@ class ObjectStore:
             start_response("500 Internal Server Error", [("Content-Length", "0")])
             return [b""]
         content = b"".join(self.backend(environ, start_response))
+        if fault == "stall":
+            return self._stalled(content[:-1])
         return [content[: len(content) // 2] if fault == "truncate" else content]
+
+    @staticmethod
+    def _stalled(content: bytes) -> Iterator[bytes]:
+        yield content
+        time.sleep(20)
 
     def put(self, folder: Path, url: str) -> None:
         """Copy the files below `folder` to below `url`."""
@@ -227,6 +236,8 @@ class ObjectStore:
 
 @pytest.fixture(scope="session")
 def object_store_process():
+    for module in ("moto.server", "s3fs", "upath"):
+        pytest.importorskip(module)
     before = dict(os.environ)
     store = ObjectStore()
     yield store
@@ -241,5 +252,6 @@ def object_store(object_store_process):
     objects = object_store_process.client.list_objects_v2(Bucket="bucket").get("Contents", ())
     for entry in objects:
         object_store_process.client.delete_object(Bucket="bucket", Key=entry["Key"])
+    object_store_process.requests.clear()
     yield object_store_process
     object_store_process.fault = lambda method, path: None
