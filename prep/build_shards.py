@@ -29,6 +29,7 @@ import json
 import os
 import shutil
 import sys
+from array import array
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -38,6 +39,7 @@ from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -182,6 +184,7 @@ def build(args: argparse.Namespace, source: Sequence[Record], out: Path, like: P
         encode = wordpiece.CaptionEncoder(out / "tokenizer", args.max_tokens)
         resources = units.Resources(units=like) if like else resources
         resources.make(captions, encode, tagger).save(out / units.FILE)
+        del captions
     recipe = Recipe(
         source=source.name,
         tokenizer=out / "tokenizer",
@@ -305,16 +308,18 @@ def summary(manifest: shards.Manifest) -> Table:
 def fingerprint(source: Sequence[Record]) -> str:
     """sha256 of all keys and captions. Raises ValueError for a key that comes twice or is not valid Unicode."""
     digest = sha256()
-    seen: set[int] = set()
+    ids = array("Q")  # numbers in a set would take ten times the memory
     for record in source:
         try:
-            number = shards.sample_id(source.name, record.key)
+            ids.append(shards.sample_id(source.name, record.key))
         except UnicodeEncodeError:
             raise ValueError(f"the image name {record.key!r} is not valid Unicode; rename it") from None
-        if number in seen:
-            raise ValueError(f"the image {record.key} comes twice in the source {source.name}; names must be unique")
-        seen.add(number)
         digest.update(json.dumps([record.key, *record.captions]).encode())
+    numbers, first = np.unique(np.array(ids, np.uint64), return_index=True)
+    if len(numbers) < len(ids):
+        repeated = min(set(range(len(ids))).difference(first.tolist()))
+        key = source[repeated].key
+        raise ValueError(f"the image {key} comes twice in the source {source.name}; names must be unique")
     return digest.hexdigest()
 
 

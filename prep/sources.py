@@ -247,8 +247,22 @@ def _on_disk(name: str, captions: Mapping[str, list[str]], folders: list[Path], 
     if names and not any(_exists(folders, key) for key in names):
         such_as = f"none of {len(names)} names, such as {names[0]}"
         raise ValueError(f"no image found: {such_as}, is in {folders[0]}; see --images")
-    records = [Record(key, tuple(texts), partial(_read_image, folders, key)) for key, texts in captions.items()]
-    return Source(name, licence, records)
+    return Source(name, licence, _OnDisk(folders, captions))
+
+
+class _OnDisk(Sequence[Record]):
+    """Records made when asked for, so that millions of them take little more memory than their strings."""
+
+    def __init__(self, folders: list[Path], captions: Mapping[str, Sequence[str]]) -> None:
+        self.folders, self.keys = folders, list(captions)
+        self.captions = [tuple(texts) for texts in captions.values()]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> Record:
+        key = self.keys[index]
+        return Record(key, self.captions[index], partial(_read_image, self.folders, key))
 
 
 def _read_image(folders: list[Path], name: str) -> bytes:
