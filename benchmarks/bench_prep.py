@@ -41,7 +41,10 @@ POLL_S = 0.05  # between two looks at the memory
 
 
 def write_pictures(
-    folder: Path, num_records: int, size: tuple[int, int] = (640, 480), max_captions: int | None = None,
+    folder: Path,
+    num_records: int,
+    size: tuple[int, int] = (640, 480),
+    max_captions: int | None = None,
     num_images: int = 200,
 ) -> Path:
     """A table of `num_records` records over `num_images` different pictures, the others being links to them."""

@@ -102,8 +102,11 @@ def test_the_validation_set_beside_a_url(store, tmp_path):
 
 def test_a_run_on_remote_shards(built, store, tmp_path):
     assert pretrain.main(command(tmp_path)) == 0
-    vocabulary = (built / "train" / "tokenizer" / "vocab.txt").read_bytes()
-    assert (tmp_path / "run" / "tokenizer" / "vocab.txt").read_bytes() == vocabulary
+    ours, theirs = (
+        {path.name: path.read_bytes() for path in (folder / "tokenizer").iterdir()}
+        for folder in (tmp_path / "run", built / "train")
+    )
+    assert ours == theirs
     assert "| s3://bucket/scenes/train | 300 |" in (tmp_path / "run" / "README.md").read_text()
 
 
@@ -116,6 +119,7 @@ def test_a_run_on_remote_shards(built, store, tmp_path):
         ("train/tokenizer/vocab.txt", [], "s3://bucket/scenes/train/tokenizer/vocab.txt is not there"),
         ("val/manifest.json", [], "s3://bucket/scenes/val holds no posmask shards"),
         (None, ["--data", "s3://nowhere/train"], "s3://nowhere/"),
+        (None, ["--cache", __file__], f"--cache {__file__}: File exists; name a folder to write to"),
         (None, ["--data", "gopher://bucket/train", "--val", "x"], "gopher://bucket cannot be read: Unsupported"),
     ],
 )  # fmt: skip

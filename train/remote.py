@@ -84,7 +84,10 @@ class RemoteFolder(LocalFolder):
 
     def __init__(self, url: str, cache_folder: Path) -> None:
         self.url = url.rstrip("/")
-        cache_folder.mkdir(parents=True, exist_ok=True)
+        try:
+            cache_folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Unavailable(f"--cache {cache_folder}: {error.strerror}; name a folder to write to") from None
         with TemporaryDirectory(dir=cache_folder, suffix=".tmp") as temporary:
             names = ("manifest.json", "index.json")
             try:
@@ -107,7 +110,7 @@ class RemoteFolder(LocalFolder):
         path = self.path / name
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            with FileLock(f"{path}.lock"):
+            with FileLock(self.path / f"{name.replace('/', '-')}.lock"):
                 if not path.exists():
                     for leftover in path.parent.glob(f"{path.name}.*.tmp*"):  # of killed processes
                         leftover.unlink()
