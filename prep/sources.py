@@ -292,8 +292,8 @@ def _exists(folders: list[Path], name: str) -> bool:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """`name` in `folder`, also where it is a path or URL as a whole."""
-    return folder / name.removeprefix(f"{folder}/")
+    """`name` in `folder`, also where it is a whole path (as Path has it) or a whole URL."""
+    return folder / (name.removeprefix(f"{folder}/") if "://" in name else name)
 
 
 def leaves_folder(name: str, folders: Sequence[Path]) -> bool:
