@@ -1,7 +1,7 @@
 """How fast captions and images become shards, against a loop that takes one record at a time; and the memory it takes.
 
     python benchmarks/bench_prep.py --workers 2
-    python benchmarks/bench_prep.py --memory 1000 100000     # peak memory of a build of so many records
+    python benchmarks/bench_prep.py --memory 1000 10000 100000     # peak memory of builds of so many small records
 
 The loop's pipeline is spaCy's own, all components; --loop-excludes ner lemmatizer trims it to what ours runs.
 The pictures are scenes enlarged to 640 x 480, so that they have to be shrunk as photos have. The loop is one process:
@@ -19,15 +19,16 @@ import json
 import operator
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from posmask.prep import pos
@@ -36,33 +37,65 @@ from posmask.prep.wordpiece import load
 
 RESULTS = Path(__file__).parent / "results" / "prep.json"
 IMAGE_SIZE, QUALITY = 256, 90
+POLL_S = 0.05  # between two looks at the memory
 
 
-def write_pictures(folder: Path, num_records: int, num_images: int = 200) -> Path:
+def write_pictures(
+    folder: Path,
+    num_records: int,
+    size: tuple[int, int] = (640, 480),
+    max_captions: int | None = None,
+    num_images: int = 200,
+) -> Path:
     """A table of `num_records` records over `num_images` different pictures, the others being links to them."""
     scenes = Scenes("train", num_records, 0)
     rows = []
     for i in range(num_records):
         path = folder / f"{i}.jpg"
         if i < num_images:
-            picture = Image.open(io.BytesIO(scenes[i].load())).resize((640, 480), Image.Resampling.BICUBIC)
+            picture = Image.open(io.BytesIO(scenes[i].load())).resize(size, Image.Resampling.BICUBIC)
             picture.save(path, quality=95)
         else:
             path.hardlink_to(folder / f"{i % num_images}.jpg")
-        rows.append(json.dumps({"image": path.name, "caption": scenes[i].captions}))
+        rows.append(json.dumps({"image": path.name, "caption": scenes[i].captions[:max_captions]}))
     table = folder / "pairs.jsonl"
     table.write_text("\n".join(rows) + "\n")
     return table
 
 
-def build(table: Path, out: Path, *flags: str) -> tuple[float, float]:
-    """Seconds of the command, and the largest memory of one of its processes so far, in MB."""
+@dataclass
+class Cost:
+    """Of a build: how long it took, and the peaks of resident memory of its first process and of all together."""
+
+    seconds: float
+    parent_peak_mb: float
+    tree_peak_mb: float  # pages that processes share count for each
+
+
+def build(table: Path, out: Path, *flags: str) -> Cost:
+    """Run the command."""
     columns = ["--table", str(table), "--image-column", "image", "--caption-column", "caption"]
     command = [sys.executable, "-m", "posmask.prep.build_shards", "table", *columns, "--out", str(out), *flags]
     command += ["--image-size", str(IMAGE_SIZE), "--quality", str(QUALITY)]
-    start = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    cost, start = Cost(0.0, 0.0, 0.0), time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        parent = psutil.Process(process.pid)
+        while process.poll() is None:
+            resident_mb = [resident_memory_mb(each) for each in (parent, *parent.children(recursive=True))]
+            cost.parent_peak_mb = max(cost.parent_peak_mb, resident_mb[0])
+            cost.tree_peak_mb = max(cost.tree_peak_mb, sum(resident_mb))
+            time.sleep(POLL_S)
+    assert process.returncode == 0, command
+    cost.seconds = time.perf_counter() - start
+    return cost
+
+
+def resident_memory_mb(process: psutil.Process) -> float:
+    """0 for a process that has just ended."""
+    try:
+        return process.memory_info().rss / 1e6
+    except psutil.NoSuchProcess:
+        return 0.0
 
 
 LOOP = """
@@ -132,7 +165,7 @@ def compare(folder: Path, num_records: int, num_workers: int, repeats: int, excl
     ours_s, loop_s = [], []
     for repeat in range(repeats):
         out, looped = folder / f"ours-{repeat}", folder / f"loop-{repeat}"
-        ours_s.append(build(table, out, "--workers", str(num_workers))[0])
+        ours_s.append(build(table, out, "--workers", str(num_workers)).seconds)
         code = LOOP.format(folder=str(Path(__file__).parent), table=str(table), out=str(looped),
                            tokenizer=str(out / "tokenizer"), num_records=num_looped, exclude=exclude)  # fmt: skip
         start = time.perf_counter()
@@ -161,16 +194,16 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--loop-excludes", nargs="*", default=[], metavar="C", help="components that the loop lacks")
-    parser.add_argument("--memory", type=int, nargs="+", metavar="N", help="peak memory at so many records, ascending")
+    parser.add_argument("--memory", type=int, nargs="+", metavar="N", help="peak memory at so many small records")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     new = []
     for num_records in args.memory or []:
         with tempfile.TemporaryDirectory() as folder:
-            table = write_pictures(Path(folder), num_records)
-            seconds, peak_mb = build(table, Path(folder) / "out", "--workers", str(args.workers))
-        peak = {"peak_process_mb": round(peak_mb), "seconds": round(seconds)}
-        new.append({"what": "memory", "records": num_records, **peak})
+            table = write_pictures(Path(folder), num_records, (64, 48), max_captions=1)
+            cost = build(table, Path(folder) / "out", "--workers", str(args.workers))
+        rounded = {name: round(value) for name, value in asdict(cost).items() if name != "seconds"}
+        new.append({"what": "memory", "records": num_records, "workers": args.workers, **rounded})
     if not args.memory:
         with tempfile.TemporaryDirectory() as folder:
             new.append(compare(Path(folder), args.records, args.workers, args.repeats, args.loop_excludes))

@@ -122,7 +122,7 @@ def evaluate(model: PosMaskModel, run: Path, config: dict, args: argparse.Namesp
 def check_fits(shards: Shards, data: str, run: Path, model: PosMaskModel) -> None:
     """Raises ValueError unless the shards' tokens are the model's."""
     ours = (run / "tokenizer" / "vocab.txt").read_bytes()
-    theirs = (Path(data) / "tokenizer" / "vocab.txt").read_bytes()
+    theirs = (shards.local_folders[0] / "tokenizer" / "vocab.txt").read_bytes()
     if ours != theirs:
         raise ValueError(f"--data {data} has another tokenizer than {run}: build it with --tokenizer {run}/tokenizer")
     if shards.manifest.longest_caption > model.config.max_positions:

@@ -10,6 +10,8 @@
     python prep/build_shards.py parquet --files train-*.parquet     # images inside, as on the Hugging Face hub
     python prep/build_shards.py tsv --table cc3m.tsv --columns caption,image --images cc3m
 
+Files and folders may be URLs, --files with wildcards: --files 's3://bucket/laion/*.tar' (pip install 'posmask[s3]').
+
 Run again, it continues a build that was stopped, and says so when there is nothing left to do.
 
     python prep/build_shards.py coco ... --part 3/8 --out DIR       # one of eight jobs, which may share the folder
@@ -27,6 +29,7 @@ import json
 import os
 import shutil
 import sys
+from array import array
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -36,11 +39,13 @@ from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from posmask.prep import arguments, inspection, shards, sources, tagging, units, wordpiece
+from posmask.prep.locations import expand, parse, reaching
 from posmask.prep.ray_engine import prepare as prepare_on_ray
 from posmask.prep.samples import CHUNK_RECORDS, Prepared, Recipe, is_unicode
 from posmask.prep.samples import prepare as prepare_in_processes
@@ -109,10 +114,12 @@ def open_source(args: argparse.Namespace) -> Sequence[Record]:
     """The source that the flags name; a flag that was not given leaves the function's own default."""
     given = {name: value for name in arguments.SOURCE_FLAGS if (value := getattr(args, name)) is not None}
     for name in given.keys() & arguments.PATH_FLAGS:
-        given[name] = [Path(v) for v in given[name]] if isinstance(given[name], list) else Path(given[name])
+        several = isinstance(given[name], list)
+        given[name] = [path for text in given[name] for path in expand(text)] if several else parse(given[name])
     if "table" in given:
         given["path"] = given.pop("table")
-    return getattr(sources, args.source)(**given)
+    with reaching(given.get("images", given.get("path", Path()))):
+        return getattr(sources, args.source)(**given)
 
 
 def build_scenes(args: argparse.Namespace, out: Path) -> None:
@@ -177,6 +184,7 @@ def build(args: argparse.Namespace, source: Sequence[Record], out: Path, like: P
         encode = wordpiece.CaptionEncoder(out / "tokenizer", args.max_tokens)
         resources = units.Resources(units=like) if like else resources
         resources.make(captions, encode, tagger).save(out / units.FILE)
+        del captions
     recipe = Recipe(
         source=source.name,
         tokenizer=out / "tokenizer",
@@ -300,16 +308,18 @@ def summary(manifest: shards.Manifest) -> Table:
 def fingerprint(source: Sequence[Record]) -> str:
     """sha256 of all keys and captions. Raises ValueError for a key that comes twice or is not valid Unicode."""
     digest = sha256()
-    seen: set[int] = set()
+    ids = array("Q")  # numbers in a set would take ten times the memory
     for record in source:
         try:
-            number = shards.sample_id(source.name, record.key)
+            ids.append(shards.sample_id(source.name, record.key))
         except UnicodeEncodeError:
             raise ValueError(f"the image name {record.key!r} is not valid Unicode; rename it") from None
-        if number in seen:
-            raise ValueError(f"the image {record.key} comes twice in the source {source.name}; names must be unique")
-        seen.add(number)
         digest.update(json.dumps([record.key, *record.captions]).encode())
+    numbers, first = np.unique(np.array(ids, np.uint64), return_index=True)
+    if len(numbers) < len(ids):
+        repeated = min(set(range(len(ids))).difference(first.tolist()))
+        key = source[repeated].key
+        raise ValueError(f"the image {key} comes twice in the source {source.name}; names must be unique")
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Read the files that captions come in: text, JSON, tables of rows, tar archives.
+"""Read the files that captions come in: text, JSON, tables of rows, tar archives; on a disk or at a URL.
 
 All functions raise ValueError with the file and a remedy.
 """
@@ -16,15 +16,18 @@ from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from posmask.prep import locations
+
 NOT_JSON = (json.JSONDecodeError, RecursionError)  # the second: too many brackets in one another
 
 
 def read_text(path: Path) -> str:
     """The content of a UTF-8 file."""
-    if not path.is_file():
-        raise ValueError(f"no such file: {path}")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with locations.reaching(path):
+            return path.read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError):
+        raise ValueError(f"no such file: {path}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from None
 
@@ -39,8 +42,6 @@ def load_json(path: Path) -> Any:
 
 def read_rows(path: Path, columns: tuple[str, str]) -> Iterator[tuple[Any, Any]]:
     """The two `columns` of every row of the table at `path`."""
-    if not path.is_file():
-        raise ValueError(f"no such file: {path}")
     if (suffix := path.suffix.lower()) not in READERS:
         raise ValueError(f"--table {path}: unknown kind {suffix or '(no suffix)'}; known: {' '.join(READERS)}")
     return READERS[suffix](path, columns)
@@ -114,10 +115,16 @@ def _open_parquet(path: Path) -> Iterator[Any]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with (
+            locations.reaching(path),
+            locations.open_binary(path) as content,
+            pyarrow.parquet.ParquetFile(content) as file,
+        ):
             yield file
     except FileNotFoundError:
         raise ValueError(f"no such file: {path}") from None
+    except locations.Unreachable:
+        raise
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not readable as parquet: {str(error).splitlines()[0]}") from None
 
@@ -173,7 +180,11 @@ def read_tar(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """
     name, files = "", {}
     try:
-        with tarfile.open(path, "r:") as archive:
+        with (
+            locations.reaching(path),
+            locations.open_binary(path) as file,
+            tarfile.open(fileobj=file, mode="r:") as archive,
+        ):
             for member in archive:
                 parts = PurePosixPath(member.name).parts
                 if member.issym() or member.islnk() or ".." in parts or member.name.startswith("/"):
@@ -190,17 +201,17 @@ def read_tar(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
                 files[suffix.lower()] = (member.offset_data, member.size)
     except FileNotFoundError:
         raise ValueError(f"no such file: {path}") from None
+    except locations.Unreachable:
+        raise
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(f"{path} is not readable as an uncompressed tar archive: {error}") from None
     if files:
         yield name, files
 
 
-def read_span(path: Path, offset: int, num_bytes: int) -> bytes:
+def read_member(path: Path, offset: int, num_bytes: int) -> bytes:
     """`num_bytes` of a file from `offset`. Raises ValueError when the file ends before."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        data = file.read(num_bytes)
+    data = locations.read_span(path, offset, offset + num_bytes)
     if len(data) != num_bytes:
         raise ValueError(f"{path} is truncated")
     return data

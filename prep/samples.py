@@ -22,6 +22,7 @@ import numpy as np
 
 from posmask.prep import pos
 from posmask.prep.images import BrokenImage, Jpeg, normalise
+from posmask.prep.locations import Unreachable
 from posmask.prep.shards import Sample, sample_id
 from posmask.prep.sources import OutsideFolder, Record
 from posmask.prep.tagging import Token, align, load_tagger, needs_torch, tag
@@ -96,6 +97,8 @@ class Preparer:
             raise BrokenImage("no such file") from None
         except OutsideFolder:
             raise BrokenImage("path leaves the image folder") from None
+        except Unreachable:
+            raise
         except (OSError, ValueError):
             raise BrokenImage("unreadable file") from None
         return normalise(data, self.recipe.image_size, self.recipe.quality)

@@ -1,12 +1,13 @@
 """Where images and captions come from: one function per source, each returning a sequence of records.
 
 A source is any Sequence of Record with `.name` and `.licence`; `posmask.prep.scenes.Scenes` is one. Indexing it is
-cheap: images are read in `Record.load`, by whichever process needs them. All functions raise ValueError, with a remedy,
-for what a user can mend.
+cheap: images are read in `Record.load`, by whichever process needs them. A path may be one on a disk or at a URL, see
+posmask.prep.locations. All functions raise ValueError, with a remedy, for what a user can mend.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from posmask.prep import readers
+from posmask.prep import locations, readers
 from posmask.prep.readers import load_json
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
@@ -25,6 +26,8 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl")  # of an image folder, as Hu
 METADATA_CAPTIONS = ("text", "caption", "captions")
 # The stamps of Tux Paint keep translations below the English sentence: "de.utf8=Ein Apfel."
 TRANSLATION = re.compile(r"[a-z]{2,3}(_[A-Za-z]{2,4})?(@\w+)?(\.utf8)?=")
+MAX_ASKED = 50  # names looked for at a URL, where each costs a request, before its folder is taken for the wrong one
+NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +170,7 @@ def webdataset(files: Sequence[Path]) -> Source:
             if image is None and "txt" not in members:
                 continue  # of another kind, or one that could not be downloaded
             captions = _captions_in_tar(path, members)
-            load = partial(readers.read_span, path, *image) if image else partial(_read_image, [path], name)
+            load = partial(readers.read_member, path, *image) if image else partial(_read_image, [path], name)
             records.append(Record(f"{path.name}/{name}", tuple(captions), load))
     if not records:
         raise ValueError(f"{files[0]} has no image with a caption: it needs .jpg, .png or .webp, and .txt or .json")
@@ -238,54 +241,86 @@ def _names(key: str) -> Iterator[str]:
 def _on_disk(name: str, captions: Mapping[str, list[str]], folders: list[Path], licence: str = NOT_STATED) -> Source:
     """A source of images in `folders`, by path. Raises ValueError if none of them is there."""
     # Images that lack here and there are dropped and counted later; if all do, the folder is the wrong one.
-    if captions and not any(_find(folders, key) for key in captions):
-        such_as = f"none of {len(captions)} names, such as {next(iter(captions))}"
+    names = list(captions)
+    if names and not isinstance(folders[0], Path):
+        names = names[:: -(-len(names) // MAX_ASKED)]
+    if names and not any(_exists(folders, key) for key in names):
+        such_as = f"none of {len(names)} names, such as {names[0]}"
         raise ValueError(f"no image found: {such_as}, is in {folders[0]}; see --images")
-    records = [Record(key, tuple(texts), partial(_read_image, folders, key)) for key, texts in captions.items()]
-    return Source(name, licence, records)
+    return Source(name, licence, _OnDisk(folders, captions))
+
+
+class _OnDisk(Sequence[Record]):
+    """Records made when asked for, so that millions of them take little more memory than their strings."""
+
+    def __init__(self, folders: list[Path], captions: Mapping[str, Sequence[str]]) -> None:
+        self.folders, self.keys = folders, list(captions)
+        self.captions = [tuple(texts) for texts in captions.values()]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> Record:
+        key = self.keys[index]
+        return Record(key, self.captions[index], partial(_read_image, self.folders, key))
 
 
 def _read_image(folders: list[Path], name: str) -> bytes:
-    if (path := _find(folders, name)) is None:
-        if leaves_folder(name, folders):
-            raise OutsideFolder(name)
-        raise FileNotFoundError(name)
-    return path.read_bytes()
-
-
-def _find(folders: list[Path], name: str) -> Path | None:
-    """Where the image `name` is, if it is in one of `folders`."""
+    """The file `name` of the first of `folders` that has it."""
     if leaves_folder(name, folders):
-        return None
-    for candidate in folders:
+        raise OutsideFolder(name)
+    for folder in folders:
         try:
-            if (candidate / name).is_file():
-                return candidate / name
+            return locations.read_span(_inside(folder, name))
+        except OSError as error:
+            if error.errno not in NO_SUCH_FILE and not isinstance(error, FileNotFoundError):
+                raise
+    raise FileNotFoundError(name)
+
+
+def _exists(folders: list[Path], name: str) -> bool:
+    """Whether the image `name` is in one of `folders`."""
+    if leaves_folder(name, folders):
+        return False
+    for folder in folders:
+        try:
+            if _inside(folder, name).is_file():
+                return True
         except OSError:  # a name that is too long, say
             continue
-    return None
+    return False
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """`name` in `folder`, also where it is a whole path (as Path has it) or a whole URL."""
+    return folder / (name.removeprefix(f"{folder}/") if "://" in name else name)
 
 
 def leaves_folder(name: str, folders: Sequence[Path]) -> bool:
     """Whether a path from a source's file points outside `folders`. Links that a user made on disk are the user's."""
     path = PurePosixPath(name)
-    return ".." in path.parts or (path.is_absolute() and not any(path.is_relative_to(f.absolute()) for f in folders))
+    if ".." in path.parts:
+        return True
+    return (path.is_absolute() or "://" in name) and not any(path.is_relative_to(str(f.absolute())) for f in folders)
 
 
 def _captions_in_tar(path: Path, members: Mapping[str, tuple[int, int]]) -> list[str]:
     """The captions of one sample: its .txt, else "caption" in its .json. What is not UTF-8 is dropped later."""
     if "txt" in members:
-        return [readers.read_span(path, *members["txt"]).decode("utf-8", "surrogateescape").strip()]
+        return [readers.read_member(path, *members["txt"]).decode("utf-8", "surrogateescape").strip()]
     if "json" not in members:
         return []
     try:
-        return _texts(json.loads(readers.read_span(path, *members["json"])).get("caption"), path)
+        return _texts(json.loads(readers.read_member(path, *members["json"])).get("caption"), path)
     except (ValueError, AttributeError):
         return []
 
 
 def _read_captions(path: Path) -> list[str]:
-    lines = path.read_bytes().decode("utf-8", "surrogateescape").splitlines() if path.is_file() else []
+    try:
+        lines = locations.read_span(path).decode("utf-8", "surrogateescape").splitlines()
+    except FileNotFoundError:
+        return []
     return [line for line in lines if line.strip() and not TRANSLATION.match(line)]
 
 

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -171,3 +176,82 @@ def photos(tmp_path_factory):
         pixels = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((80, 64), Image.Resampling.NEAREST).save(folder / f"{number:012d}.jpg")
     return folder
+
+
+class ObjectStore:
+    """An S3 server in this process. fault(method, path) spoils an answer: error, truncate, drop, or stall."""
+
+    def __init__(self) -> None:
+        import boto3
+        from moto.server import DomainDispatcherApplication, create_backend_app
+        from werkzeug.serving import WSGIRequestHandler, make_server
+
+        class Quiet(WSGIRequestHandler):
+            def log(self, *args) -> None:
+                pass
+
+        self.backend = DomainDispatcherApplication(create_backend_app)
+        self.requests: list[tuple[str, str]] = []
+        self.fault = lambda method, path: None
+        self.server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=Quiet)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.variables = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.server.port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        os.environ.update(self.variables)
+        self.client = boto3.client("s3")
+        self.client.create_bucket(Bucket="bucket")
+
+    def _answer(self, environ, start_response):
+        request = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        self.requests.append(request)
+        fault = self.fault(*request)
+        if fault == "drop":
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+            raise ConnectionResetError
+        if fault == "error":
+            start_response("500 Internal Server Error", [("Content-Length", "0")])
+            return [b""]
+        content = b"".join(self.backend(environ, start_response))
+        if fault == "stall":
+            return self._stalled(content[:-1])
+        return [content[: len(content) // 2] if fault == "truncate" else content]
+
+    @staticmethod
+    def _stalled(content: bytes) -> Iterator[bytes]:
+        yield content
+        time.sleep(20)
+
+    def put(self, folder: Path, url: str) -> None:
+        """Copy the files below `folder` to below `url`."""
+        bucket, _, prefix = url.removeprefix("s3://").partition("/")
+        for path in folder.rglob("*"):
+            if path.is_file():
+                key = f"{prefix}/{path.relative_to(folder).as_posix()}"
+                self.client.put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
+
+
+@pytest.fixture(scope="session")
+def object_store_process():
+    for module in ("moto.server", "s3fs", "upath"):
+        pytest.importorskip(module)
+    before = dict(os.environ)
+    store = ObjectStore()
+    yield store
+    store.server.shutdown()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def object_store(object_store_process):
+    """An empty bucket s3://bucket on an S3 server of ours, which answers all that this process and its children ask."""
+    objects = object_store_process.client.list_objects_v2(Bucket="bucket").get("Contents", ())
+    for entry in objects:
+        object_store_process.client.delete_object(Bucket="bucket", Key=entry["Key"])
+    object_store_process.requests.clear()
+    yield object_store_process
+    object_store_process.fault = lambda method, path: None

@@ -1,6 +1,8 @@
 """Samples, crops, captions and blanks: drawn from counters, the same on any number of ranks."""
 
 import io
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from PIL import Image
 
 from posmask.kernels.philox import U32
-from posmask.train.decode import CpuDecoder, DaliDecoder, UndecodableImage
+from posmask.train.decode import BadSample, CpuDecoder, DaliDecoder, UndecodableImage
 from posmask.train.loader import Collator, Loader, Shards, View, evaluation_batches
 from posmask.train.masking import parse_mask
 from posmask.train.objectives import mask_batch
@@ -188,6 +190,70 @@ def test_a_bad_sample_costs_itself_alone(shards, decode, caplog):
         Collator(seen, 0, 8, decode, CPU)(broken, 0)
     with pytest.raises(UndecodableImage):  # nothing would be left
         collate([bad[2]], 0)
+
+
+def test_one_flipped_bit_anywhere_in_a_shard(shards, scenes, tmp_path, caplog):
+    """It stops with the shard's name, or costs the samples that it is in; under skip the others are what they were."""
+    shutil.copytree(scenes / "train", tmp_path / "train")
+    path = tmp_path / "train" / "part-00000.00000.mds"
+    whole = path.read_bytes()
+    start_of_samples = int.from_bytes(whole[4:8], "little")
+    rng = np.random.default_rng(0)
+    places = [1, 5, 8 + 4 * 150, start_of_samples - 150, start_of_samples - 1]  # count, offsets, columns
+    places += [
+        *rng.integers(0, start_of_samples, 10).tolist(),
+        *rng.integers(start_of_samples, len(whole), 20).tolist(),
+    ]
+    skip, stop = (Collator(VIEW, 0, 300, "cpu", CPU, policy) for policy in ("skip", "stop"))
+    truth = [shards[i] for i in range(300)]
+    costs = set()
+    for place in places:
+        data = bytearray(whole)
+        data[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(data)
+        samples = Shards((f"{tmp_path}/train",)).read(range(300))
+        with pytest.raises(BadSample, match=r"part-00000\.00000\.mds.* is damaged"):
+            stop(samples, 0)
+        num_bad = sum(isinstance(sample, BadSample) for sample in samples)
+        costs.add(num_bad)
+        if num_bad == 300:
+            assert place < start_of_samples, "the number of samples or the columns"
+            with pytest.raises(BadSample, match="its header"):
+                skip(samples, 0)
+            continue
+        batch = skip(samples, 0)
+        assert 1 <= num_bad <= 2 and batch.num_bad_samples == num_bad
+        good = [t for t, s in zip(truth, samples, strict=True) if not isinstance(s, BadSample)]
+        assert batch.sample_ids.tolist() == [int(sample["id"]) for sample in good]
+        assert np.array_equal(batch.host_tags, np.concatenate([sample["tags"] for sample in good]))
+        same = [
+            s["image"] == t["image"] for s, t in zip((s for s in samples if isinstance(s, dict)), good, strict=True)
+        ]
+        assert all(same)
+    assert costs == {1, 2, 300}
+    lines = [record.getMessage() for record in caplog.records if "--on-bad-sample skip" in record.getMessage()]
+    assert lines and all("part-00000.00000.mds, sample " in line for line in lines)
+
+
+def test_shards_without_checksums_are_read_and_that_is_said(scenes, tmp_path, caplog):
+    shutil.copytree(scenes / "train", tmp_path / "train")
+    (tmp_path / "train" / "part-00000.json").unlink()
+    assert len(Shards((f"{tmp_path}/train",)).read(range(300))) == 300
+    assert sum("a damaged sample of it may not be noticed" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_folders_that_differ_name_the_remedy(scenes, tmp_path):
+    for key, change, remedy in (
+        ("tokenizer", lambda value: value | {"vocab_size": 7}, "--tokenizer"),
+        ("bits_computed", lambda value: value[1:], "--units"),
+        ("scores", lambda value: ["concreteness"], "--units"),
+    ):
+        other = tmp_path / key
+        shutil.copytree(scenes / "val", other)
+        manifest = json.loads((other / "manifest.json").read_text())
+        (other / "manifest.json").write_text(json.dumps(manifest | {key: change(manifest[key])}))
+        with pytest.raises(ValueError, match=f"differ in {key}: .* {remedy} {scenes}/train"):
+            Shards((f"{scenes}/train", str(other)))
 
 
 def test_ranks_share_an_evaluation_evenly(shards):

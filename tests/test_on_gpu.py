@@ -51,6 +51,15 @@ class Samples:
     def __getitem__(self, i):
         return self.samples[i]
 
+    def read(self, indices):
+        return [self.samples[i] for i in indices]
+
+    def prefetch(self, indices):
+        pass
+
+    def cancel_prefetch(self):
+        pass
+
     def order(self, seed, epoch):
         return np.random.default_rng([seed, epoch]).permutation(len(self))
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +52,14 @@ def test_tables(images, suffix):
 def test_a_caption_may_be_a_list(images):
     (images / "t.jsonl").write_text(json.dumps({"img": "2.jpg", "text": ["one", None, "two"]}))
     assert content(sources.table(images / "t.jsonl", "img", "text")) == [("2.jpg", ("one", "two"))]
+
+
+def test_a_name_may_begin_like_its_folder(images, monkeypatch):
+    (images / "b" / "b").mkdir()
+    (images / "b" / "b" / "1.jpg").write_bytes(b"inner")
+    monkeypatch.chdir(images)
+    (images / "t.jsonl").write_text(json.dumps({"img": "b/1.jpg", "text": "a cat"}))
+    assert sources.table(images / "t.jsonl", "img", "text", Path("b"))[0].load() == b"inner"
 
 
 def coco_file(path, names, captions, **more):

@@ -16,6 +16,7 @@ import torch
 
 from posmask.kernels.mask_plan import AMOUNTS
 from posmask.train.masking import UNITS, WHEN_EMPTY, arm_slug
+from posmask.train.remote import beside
 
 # open_clip's RN50 was trained with these; they are also what "blank" is measured against (zeros after normalisation).
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -80,7 +81,9 @@ PRESETS = {
 }
 
 # Settings that may differ when a run is continued: where and how it runs, not what it computes.
-NOT_COMPARED = ("out", "resume", "micro_batch_size", "checkpoint_every", "keep_checkpoints", "log_every", "wandb")
+NOT_COMPARED = (
+    "out", "cache", "resume", "micro_batch_size", "checkpoint_every", "keep_checkpoints", "log_every", "wandb",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class RunConfig:
     objectives: tuple[str, ...]
     data: tuple[str, ...]
     val: str | None
+    cache: str | None
     out: str
     preset: str
     steps: int
@@ -224,8 +228,11 @@ def parse_args(argv: list[str] | None, has_gpu: bool) -> RunConfig:
     parser.add_argument("--list-masks", action=_ListMasks, help="print the masking arms and exit")
 
     data = parser.add_argument_group("data")
-    data.add_argument("--data", action="append", help="folder of training shards; may be repeated (data/scenes/train)")
-    data.add_argument("--val", help="folder of validation shards (the folder `val` beside the first --data)")
+    data.add_argument("--data", action="append",
+                      help="folder or URL of training shards; may be repeated (data/scenes/train)")
+    data.add_argument("--val", help="validation shards (the folder `val` beside the first --data)")
+    data.add_argument("--cache", help="local disk where shards at URLs are kept, all that this machine reads of them "
+                      "($XDG_CACHE_HOME/posmask or ~/.cache/posmask)")
     data.add_argument("--captions-per-image", type=int, default=1, help="captions drawn for each image of a step")
     data.add_argument("--maskings-per-caption", type=int, default=1, help="times that a step masks each caption anew")
     data.add_argument("--blank-rate", type=float, default=0.1, help="share of samples shown with a blank image")
@@ -233,7 +240,7 @@ def parse_args(argv: list[str] | None, has_gpu: bool) -> RunConfig:
     data.add_argument("--decode", choices=("auto", "dali", "cpu"), default="auto",
                       help="what decodes the images (auto: DALI on a GPU, torchvision on a CPU)")
     data.add_argument("--on-bad-sample", choices=("stop", "skip"), default="stop",
-                      help="whether an image that cannot be decoded ends the run or is left out, named and counted")
+                      help="whether a sample that is damaged ends the run or is left out, named and counted")
 
     objectives = "; ".join(f"{name}: {text}" for name, text in OBJECTIVES.items())
     parser.add_argument("--objectives", type=_names, default=("mlm",), help=f"comma list; {objectives}")
@@ -290,8 +297,7 @@ def parse_args(argv: list[str] | None, has_gpu: bool) -> RunConfig:
         "dtype": args.dtype if args.dtype != "auto" else ("bf16" if has_gpu else "fp32"),
     }
     if values["val"] is None:
-        beside = Path(values["data"][0]).parent / "val"
-        values["val"] = str(beside) if (beside / "index.json").is_file() else None
+        values["val"] = beside(values["data"][0], "val")
     del values["local_rank"], values["list_masks"]
     return RunConfig(**values)
 

@@ -22,15 +22,22 @@ from torchvision.io import ImageReadMode, decode_jpeg
 log = logging.getLogger("posmask")
 
 
-class UndecodableImage(ValueError):
-    """A sample whose image the decoder does not read; the message names it, `index` is its place in the batch."""
+class BadSample(ValueError):
+    """A sample that nothing can be learned from; `what` names it, and the message adds the remedy."""
+
+    def __init__(self, what: str):
+        super().__init__(
+            f"{what}; build the shards again (pretrain.py leaves it out with --on-bad-sample skip)"
+        )
+        self.what = what
+
+
+class UndecodableImage(BadSample):
+    """A sample whose image the decoder does not read; `index` is its place in the batch."""
 
     def __init__(self, key: str, index: int):
-        super().__init__(
-            f"the image of sample {key!r} cannot be decoded; build the shards again (pretrain.py leaves it out with "
-            "--on-bad-sample skip)"
-        )
-        self.key, self.index = key, index
+        super().__init__(f"the image of sample {key!r} cannot be decoded")
+        self.index = index
 
 
 class Decoder(Protocol):

@@ -11,22 +11,25 @@ import json
 import logging
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
-from streaming.base.format import reader_from_json
 from streaming.base.shuffle import get_shuffle
 from torch import Tensor
 
 from posmask.kernels import philox
-from posmask.prep.shards import Manifest
-from posmask.train.decode import UndecodableImage, make_decoder
+from posmask.train.decode import BadSample, UndecodableImage, make_decoder
+from posmask.train.remote import RemoteFolder, open_folder
+from posmask.train.shard import Shard
 
 log = logging.getLogger("posmask")
+
+NUM_DOWNLOADS = 4  # shards copied at the same time
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Batch:
     host_caption_starts: np.ndarray  # (C+1,) int32, on the host
     max_caption_tokens: int
     max_image_tokens: int  # most text tokens of one image
-    num_bad_samples: int  # left out because their image could not be decoded
+    num_bad_samples: int  # left out because they are damaged or their image could not be decoded
     epoch: int
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
@@ -66,38 +69,69 @@ class Batch:
 
 
 class Shards:
-    """Random access to the samples of one or more shard folders.
+    """Random access to the samples of one or more shard folders, each on a disk or at a URL.
 
     Raises ValueError if a folder is not ours, or if folders differ in tokenizer, bits or scores.
     """
 
-    def __init__(self, folders: tuple[str, ...]):
+    def __init__(self, folders: tuple[str, ...], cache: str | Path | None = None):
+        """cache: where what comes from URLs is kept; None for remote.default_cache()."""
         self.folders = folders
-        self.manifests = [Manifest.load(Path(folder)) for folder in folders]
+        local = [open_folder(folder, cache and Path(cache)) for folder in folders]
+        self.local_folders = tuple(folder.path for folder in local)  # with manifest, index and tokenizer
+        self.manifests = [folder.manifest for folder in local]
         self.manifest = self.manifests[0]
         for folder, manifest in zip(folders[1:], self.manifests[1:], strict=True):
             for key in ("tokenizer", "bits_computed", "scores"):
                 if getattr(manifest, key) != getattr(self.manifest, key):
+                    remedy = f"--tokenizer {folders[0]}/tokenizer" if key == "tokenizer" else f"--units {folders[0]}"
                     raise ValueError(
-                        f"{folder} and {folders[0]} differ in {key}: build both with the same settings and "
-                        f"--tokenizer {folders[0]}/tokenizer"
+                        f"{folder} and {folders[0]} differ in {key}: build both with the same settings and {remedy}"
                     )
-        # Order and ranks are ours, so streaming's readers are enough. StreamingDataset would add shared memory and lock
+        # Order and ranks are ours, so streaming's format is enough. StreamingDataset would add shared memory and lock
         # files that outlive a killed run, and 30 open files for each one that a process makes.
-        self.readers = [
-            reader_from_json(folder, None, entry)
-            for folder in folders
-            for entry in json.loads((Path(folder) / "index.json").read_text())["shards"]
+        self.shards = [
+            Shard(folder, entry)
+            for folder in local
+            for entry in json.loads((folder.path / "index.json").read_text())["shards"]
         ]
-        self.shard_sizes = np.array([reader.samples for reader in self.readers], np.int64)
+        self.shard_sizes = np.array([shard.num_samples for shard in self.shards], np.int64)
         self.shard_ends = np.cumsum(self.shard_sizes)
+        self._downloads: dict[int, Future] = {}
+        remote = any(isinstance(folder, RemoteFolder) for folder in local)
+        self._pool = ThreadPoolExecutor(NUM_DOWNLOADS, "download") if remote else None
 
     def __len__(self) -> int:
         return int(self.shard_sizes.sum())
 
     def __getitem__(self, i: int) -> dict:
+        """The columns of sample i. Raises BadSample where it is damaged, remote.Unavailable where it cannot be had."""
         shard = int(np.searchsorted(self.shard_ends, i, side="right"))
-        return self.readers[shard][int(i - self.shard_ends[shard] + self.shard_sizes[shard])]
+        if shard in self._downloads:
+            self._downloads.pop(shard).result()
+        return self.shards[shard][int(i - self.shard_ends[shard] + self.shard_sizes[shard])]
+
+    def read(self, indices: Iterable[int]) -> list[dict | BadSample]:
+        """Samples by index, what is wrong in the place of a damaged one: `Collator` raises it or leaves it out."""
+        samples: list[dict | BadSample] = []
+        for i in indices:
+            try:
+                samples.append(self[i])
+            except BadSample as error:
+                samples.append(error)
+        return samples
+
+    def prefetch(self, indices: np.ndarray) -> None:
+        """Start to copy the shards that these samples are in, where those are at a URL and not here."""
+        if self._pool is None:
+            return
+        for shard in np.unique(np.searchsorted(self.shard_ends, indices, side="right")).tolist():
+            if self.shards[shard].path is None and shard not in self._downloads:
+                self._downloads[shard] = self._pool.submit(self.shards[shard].open)
+
+    def cancel_prefetch(self) -> None:
+        """Start no more copies that `prefetch` was asked for."""
+        self._downloads = {shard: copy for shard, copy in self._downloads.items() if not copy.cancel()}
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Sample indices (N,) int64 of one epoch; streaming's py1e keeps neighbours in few shards."""
@@ -125,7 +159,7 @@ class Collator:
         self, view: View, num_scores: int, max_images: int, decode: str, device: torch.device,
         on_bad_sample: str = "stop",
     ):  # fmt: skip
-        """on_bad_sample: stop (UndecodableImage), or skip a sample whose image cannot be decoded.
+        """on_bad_sample: stop (BadSample), or skip a sample that is damaged or whose image cannot be decoded.
 
         A skipped sample leaves its batch with all its captions, so what is learned from the others stays as it was and
         the step's count of masked tokens, over which the loss is averaged, has those that are there. It is decided by
@@ -142,9 +176,13 @@ class Collator:
         mean, std = (torch.tensor(x).repeat(view.image_size) for x in (view.image_mean, view.image_std))
         self.scale, self.shift = (1 / (255 * std)).to(device), (-mean / std).to(device)
 
-    def __call__(self, samples: list[dict], epoch: int) -> Batch:
+    def __call__(self, samples: list[dict | BadSample], epoch: int) -> Batch:
+        """Raises BadSample for one that is bad, unless those are skipped and others are left."""
         num_given = len(samples)
-        samples, images = self.decode_images(samples, epoch)
+        bad = [sample for sample in samples if isinstance(sample, BadSample)]
+        for error in bad:
+            self._leave_out(error, num_left=num_given - len(bad))
+        samples, images = self.decode_images([s for s in samples if not isinstance(s, BadSample)], epoch)
         ids = np.array([sample["id"] for sample in samples], np.uint64)
         tokens, tags, scores, lengths, caption_image, caption_words = [], [], [], [], [], []
         chosen = self._draw_captions(samples, ids, epoch)
@@ -179,6 +217,14 @@ class Collator:
             epoch=epoch,
         )
 
+    def _leave_out(self, error: BadSample, num_left: int) -> None:
+        """Raises `error`, unless bad samples are skipped and others are left; names each once."""
+        if not self.skips_bad_samples or num_left == 0:
+            raise error
+        if error.what not in self.named:
+            self.named.add(error.what)
+            log.warning("--on-bad-sample skip: %s", error.what)
+
     def _draw_captions(self, samples: list[dict], ids: np.ndarray, epoch: int) -> list[list[int]]:
         """min(K, available) captions of each sample, without replacement, in their stored order."""
         counts = [len(sample["caption_lengths"]) for sample in samples]
@@ -199,11 +245,7 @@ class Collator:
             try:
                 pixels = self.decoder(encoded, *self._crops(ids, epoch), [sample["key"] for sample in samples])
             except UndecodableImage as error:
-                if not self.skips_bad_samples or len(samples) == 1:
-                    raise
-                if error.key not in self.named:
-                    self.named.add(error.key)
-                    log.warning("--on-bad-sample skip: the image of sample %r cannot be decoded", error.key)
+                self._leave_out(error, num_left=len(samples) - 1)
                 del samples[error.index]
         images = pixels.flatten(2).float().mul_(self.scale).add_(self.shift)
         images = images.view(pixels.shape).permute(0, 3, 1, 2)  # the permutation is what makes it channels-last
@@ -282,6 +324,7 @@ class Loader:
     def close(self) -> None:
         """Stops the thread; a decoder may not be torn down under it."""
         self._stop.set()
+        self.shards.cancel_prefetch()
         while self._thread.is_alive():
             try:
                 self._queue.get(timeout=0.05)
@@ -308,9 +351,10 @@ class Loader:
                 epoch = step // per_epoch
                 order = self.shards.order(self.seed, epoch)
             first = (step % per_epoch) * self.batch_size + self.rank * per_rank
+            self.shards.prefetch(order[first : first + per_rank])
+            self.shards.prefetch(order[first + self.batch_size : first + self.batch_size + per_rank])  # the next step's
             for start in range(first, first + per_rank, self.micro_batch_size):
-                samples = [self.shards[i] for i in order[start : start + self.micro_batch_size]]
-                batch = self.collate(samples, epoch)
+                batch = self.collate(self.shards.read(order[start : start + self.micro_batch_size]), epoch)
                 yield batch.to(batch.images.device, batch.images.dtype)
 
 
@@ -324,4 +368,4 @@ def evaluation_batches(
     """
     per_rank = min(num_images or len(shards), len(shards)) // world_size
     for start in range(rank * per_rank, (rank + 1) * per_rank, batch_size):
-        yield collate([shards[i] for i in range(start, min(start + batch_size, (rank + 1) * per_rank))], epoch=0)
+        yield collate(shards.read(range(start, min(start + batch_size, (rank + 1) * per_rank))), epoch=0)

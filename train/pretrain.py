@@ -23,7 +23,7 @@ import torch
 from posmask.train import checkpoint, metrics
 from posmask.train.card import git_commit, write_card
 from posmask.train.config import PRESETS, ModelConfig, RunConfig, learning_rate, parse_args, snapshot_steps
-from posmask.train.decode import UndecodableImage
+from posmask.train.decode import BadSample
 from posmask.train.engine import (
     StopSignal,
     World,
@@ -39,6 +39,7 @@ from posmask.train.masking import Masking, parse_mask
 from posmask.train.model import PosMaskModel
 from posmask.train.objectives import Pairs, all_losses, counts, mask_batch, masked_lm, pair_batch
 from posmask.train.policy import POLICIES
+from posmask.train.remote import Unavailable
 from posmask.train.weights import load_image_weights, load_text_weights
 
 
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             return pretrain(config, world, stop)
     except ValueError as error:
         # What is wrong with the settings is wrong on every rank: one of them says it.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, UndecodableImage):
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, (BadSample, Unavailable)):
             print(f"pretrain: {error}", file=sys.stderr)
         return 2
 
@@ -67,7 +68,7 @@ def pretrain(config: RunConfig, world: World, stop: StopSignal) -> int:
         return 0
     micro_batch_size, accumulation = config.micro_batches(world.size)
     settings = deepspeed_settings(config, micro_batch_size, accumulation)
-    shards = Shards(config.data)
+    shards = Shards(config.data, config.cache)
     if len(shards) < config.batch_size:
         raise ValueError(f"--data has {len(shards)} images, fewer than --batch-size {config.batch_size}")
     masking = make_masking(config, shards)
@@ -240,7 +241,7 @@ def make_validation(config, world, view, shards, micro_batch_size) -> Callable |
     """A function of engine, plan and weights: loss and accuracy per part of speech on --val, with and without image."""
     if config.val is None:
         return None
-    val = Shards((config.val,))
+    val = Shards((config.val,), config.cache)
     if val.manifest.tokenizer.sha256 != shards.manifest.tokenizer.sha256:
         raise ValueError(f"--val {config.val} has another tokenizer; build it with that of {config.data[0]}")
     if len(val) < world.size:
@@ -270,8 +271,7 @@ def make_validation(config, world, view, shards, micro_batch_size) -> Callable |
 def warm_up(engine, config: RunConfig, shards: Shards, collate: Collator, plan, bit_weights) -> None:
     """One step with a gradient of zero, so that DeepSpeed makes its optimizer state; see checkpoint.restore."""
     micro_batch_size, accumulation = config.micro_batches(engine.dp_world_size)
-    samples = [shards[i] for i in range(micro_batch_size)]
-    batch = collate(samples, epoch=0).to(engine.device, config.torch_dtype)
+    batch = collate(shards.read(range(micro_batch_size)), epoch=0).to(engine.device, config.torch_dtype)
     set_learning_rate(engine, 0.0)
     for _ in range(accumulation):
         masked, pairs = mask_batch(batch, plan, config.seed, bit_weights), make_pairs(batch, config, engine)
@@ -294,7 +294,7 @@ def prepare_run_folder(run: Path, config: RunConfig, model_config: ModelConfig, 
         run.mkdir(parents=True, exist_ok=True)
         (run / "model.safetensors").unlink(missing_ok=True)  # of a finished run that now goes on
         model_config.save(run / "model_config.json")
-        shutil.copytree(Path(shards.folders[0]) / "tokenizer", run / "tokenizer", dirs_exist_ok=True)
+        shutil.copytree(shards.local_folders[0] / "tokenizer", run / "tokenizer", dirs_exist_ok=True)
         (run / "commit.txt").write_text(git_commit() + "\n")
         config.save(run / "config.json")
     world.barrier()
