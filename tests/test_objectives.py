@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from posmask.prep.pos import MASKABLE, UPOS_BIT, WORD_START
 from posmask.train import objectives, pretrain
 from posmask.train.config import PRESETS
 from posmask.train.model import Packing, PosMaskModel
@@ -27,8 +28,12 @@ def make_batch(captions, caption_image, num_images, blank=(), epoch=0):
     images[list(blank)] = 0
     rng = np.random.default_rng(7)
     key = torch.from_numpy(rng.integers(-(2**31), 2**31, (len(captions), 3)).astype(np.int32))
+    tokens = torch.tensor([t for c in captions for t in c], dtype=torch.int32)
+    word = MASKABLE | WORD_START  # 13 continues a word, the tokens below 9 are special
+    kinds = [UPOS_BIT[kind] | word for kind in ("NOUN", "NOUN", "VERB", "ADJ", "DET")]
+    tags = torch.tensor([0 if t < 9 else kinds[t // 10] & ~(WORD_START * (t == 13)) for t in tokens.tolist()]).int()
     return SimpleNamespace(
-        tokens=torch.tensor([t for c in captions for t in c], dtype=torch.int32), caption_starts=starts,
+        tokens=tokens, tags=tags, caption_starts=starts,
         caption_image=torch.tensor(caption_image, dtype=torch.int32), images=images, caption_key=key, epoch=epoch,
         max_caption_tokens=max(map(len, captions)),
     )  # fmt: skip
@@ -82,6 +87,25 @@ def test_nothing_to_tell_apart():
     assert pairs.weight.tolist() == [0]
 
 
+def test_a_foil_has_one_other_word_of_the_same_kind():
+    """Of the words in the batch; determiners and words of several pieces (11 13) stay."""
+    captions = ([2, 10, 11, 13, 3], [2, 12, 40, 20, 3], [2, 30, 41, 3], [2, 40, 3], [2, 31, 14, 21, 3])
+    found, num_foils = set(), 0
+    for epoch in range(400):
+        batch = make_batch(captions, range(5), 5, blank=[4], epoch=epoch)
+        pairs = pair_batch(batch, 60, seed=2)
+        changed = pairs.foil != batch.tokens
+        per_caption = [int(part.sum()) for part in changed.split([len(c) for c in captions])]
+        assert max(per_caption) <= 1 and per_caption[3] == 0
+        assert pairs.foil_weight.tolist() == [float(n and i != 4) for i, n in enumerate(per_caption)]
+        found |= set(zip(batch.tokens[changed].tolist(), pairs.foil[changed].tolist(), strict=True))
+        num_foils += sum(per_caption)
+    same_kind = [(10, 12, 14), (20, 21), (30, 31)]  # 11 has a second piece
+    assert found == {(a, b) for kind in same_kind for a in kind for b in kind if a != b}
+    # A caption of one word draws itself with its share of the kind.
+    assert 0 < num_foils < 4 * 400
+
+
 @pytest.fixture
 def model():
     torch.manual_seed(0)
@@ -108,15 +132,20 @@ def test_matching_equals_a_loop_over_pairs(model):
                 continue
             packing = Packing.of(torch.tensor([0, len(tokens)]), len(tokens), len(tokens))
             text = model.encode_text(torch.tensor(tokens, dtype=torch.int32), packing)
-            for image, truth in ((IMAGE_OF[caption], 1.0), (int(pairs.negative_image[caption]), 0.0)):
+            start = int(batch.caption_starts[caption])
+            foil = model.encode_text(pairs.foil[start : start + len(tokens)], packing)
+            own, negative = IMAGE_OF[caption], int(pairs.negative_image[caption])
+            is_foil = float(pairs.foil_weight[caption])
+            shown = ((text, own, 1.0, 1 + is_foil), (text, negative, 0.0, 1.0), (foil, own, 0.0, is_foil))
+            for words, image, truth, weight in shown:
                 features = model.image(batch.images[image : image + 1])
-                fused = model.fuse(text, packing, features, torch.zeros(1, dtype=torch.int32))
+                fused = model.fuse(words, packing, features, torch.zeros(1, dtype=torch.int32))
                 logit = (fused @ model.itm.weight[0] + model.itm.bias).mean()
-                total += float(F.binary_cross_entropy_with_logits(logit, torch.tensor(truth)))
-                hits += (float(logit) > 0) == (truth > 0)
-                count += 1
+                total += weight * float(F.binary_cross_entropy_with_logits(logit, torch.tensor(truth)))
+                hits += weight * ((float(logit) > 0) == (truth > 0))
+                count += weight
     assert float(itm.loss_sum) == pytest.approx(total, rel=1e-4)
-    assert (float(itm.hits), float(itm.count)) == (hits, count) and count == 10
+    assert (float(itm.hits), float(itm.count)) == (hits, count) and count > 10, "some foils are among them"
 
 
 def test_contrast_equals_a_loop_over_rows(model):
@@ -153,7 +182,7 @@ def test_gradients_stay_finite_with_blank_images(model):
 
 
 def test_a_batch_is_learned(model):
-    """Ten pairs by heart: the gradient points the right way."""
+    """A few pairs by heart: the gradient points the right way."""
     batch = make_batch(CAPTIONS[1:], (0, 1, 2, 3, 4), 5)
     pairs = pair_batch(batch, 60, seed=1)
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=2e-3)
@@ -162,7 +191,7 @@ def test_a_batch_is_learned(model):
         optimizer.zero_grad()
         ((itm.loss_sum / itm.count) + (itc.loss_sum / itc.count)).backward()
         optimizer.step()
-    for found, count in ((itm, 10), (itc, 5)):
+    for found, count in ((itm, 10 + 2 * int(pairs.foil_weight.sum())), (itc, 5)):
         assert float(found.count) == float(found.hits) == count
         assert float(found.loss_sum.detach()) / count < 0.1
 

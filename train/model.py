@@ -364,10 +364,12 @@ class PosMaskModel(nn.Module):
         if self.itc is not None:
             itc = self.itc.loss(image_BND, text_TD[first], batch.caption_image, pairs.shown)
         if self.itm is not None:
-            images = (batch.caption_image, pairs.negative_image)
-            logit = torch.cat([self.itm(self.fuse(text_TD, packing, image_BND, i), packing) for i in images])
-            is_match = torch.cat([torch.ones_like(pairs.weight), torch.zeros_like(pairs.weight)])
-            itm = self.itm.loss(logit, is_match, pairs.weight.repeat(2))
+            foil_TD = self.encode_text(pairs.foil, packing)
+            own, weight, foil_weight = batch.caption_image, pairs.weight, pairs.foil_weight
+            shown = ((text_TD, own), (text_TD, pairs.negative_image), (foil_TD, own))
+            logit = torch.cat([self.itm(self.fuse(text, packing, image_BND, i), packing) for text, i in shown])
+            is_match = torch.cat([torch.ones_like(weight), torch.zeros_like(weight), torch.zeros_like(weight)])
+            itm = self.itm.loss(logit, is_match, torch.cat([weight + foil_weight, weight, foil_weight]))
         return itm, itc
 
 

@@ -2,7 +2,9 @@
 
 Matching shows each caption its own image and a wrong one: that of a caption of the batch which shares many words with
 it, so that telling them apart takes more than a glance (hard negatives as in ALBEF, arXiv 2107.07651, whose similarity
-needs a contrast head; shared words need none). Every caption is once right and once wrong: text alone tells nothing.
+needs a contrast head; shared words need none). It also shows each image its caption with one word replaced by another
+of the same part of speech (as NegCLIP does by swapping, arXiv 2210.01936): a wrong image differs in most words, so that
+one wrong word alone would be learned late.
 """
 
 from __future__ import annotations
@@ -15,20 +17,25 @@ from torch import Tensor
 from posmask.kernels import philox
 from posmask.kernels.mask_plan import MaskMix, MaskPlan
 from posmask.kernels.mask_tokens import MaskedTokens, mask_tokens
-from posmask.kernels.masked_lm_loss import MaskedLMLoss, lowest_bit
+from posmask.kernels.masked_lm_loss import NUM_BINS, MaskedLMLoss, lowest_bit
+from posmask.prep.pos import MASKABLE, UPOS_BIT, WORD_START
 from posmask.train.capacity import capacity
 from posmask.train.loader import Batch
 from posmask.train.model import MatchLoss
 
+# What a wrong word may stand for; a determiner or pronoun in place of another is seldom wrong.
+FOILED = sum(UPOS_BIT[tag] for tag in ("NOUN", "PROPN", "VERB", "ADJ", "ADV", "ADP", "NUM"))
 # Log odds of a caption with all words in common against one with none. At 10 a run was at chance after 500 steps.
 HARDNESS = 3.0
 
 
 class Pairs(NamedTuple):
-    """Which wrong image each of C captions is shown; B images."""
+    """Which wrong image each of C captions is shown, and how it reads with a wrong word; B images, T tokens."""
 
     negative_image: Tensor  # (C,) int32
     weight: Tensor  # (C,) float32: 0 where the image is blank or no other image can be told from it
+    foil: Tensor  # (T,) int32: the captions, one word of each replaced
+    foil_weight: Tensor  # (C,) float32: 0 where the image is blank or no word was replaced
     shown: Tensor  # (B,) bool: false for a blank image
     num_shown: Tensor  # () float32, captions whose image is not blank
 
@@ -105,11 +112,37 @@ def pair_batch(batch: Batch, vocab_size: int, seed: int) -> Pairs:
     point = (draw.double() / 2**32 * total)[:, None]
     chosen = torch.searchsorted(running, point, right=True).squeeze(1).clamp_(max=num_captions - 1)
     weight = (shown[image] & (total > 0)).float()
-    return Pairs(image[chosen].int(), weight, shown, shown[image].sum().float())
+    foil, is_foil = foil_captions(batch, caption, token - starts[caption], seed)
+    return Pairs(
+        image[chosen].int(), weight, foil, (shown[image] & is_foil).float(), shown, shown[image].sum().float()
+    )  # fmt: skip
+
+
+def foil_captions(batch: Batch, caption: Tensor, position: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Replaces a word of each caption by one of the same part of speech, drawn from all in the batch.
+
+    caption, position (T,) int64: of each token. Returns the tokens (T,) int32, and (C,) bool: whether a caption now
+    reads otherwise. Words of several pieces stay, so that lengths do. Nothing waits for the device.
+    """
+    tags, num_captions = batch.tags, batch.caption_image.numel()
+    continues = ((tags & MASKABLE) != 0) & ((tags & WORD_START) == 0)
+    is_word = ((tags & MASKABLE) != 0) & ((tags & WORD_START) != 0) & ((tags & FOILED) != 0)
+    is_word[:-1] &= ~continues[1:]
+    which, nth, *_ = philox.draw_words(philox.FOIL, position, caption, batch.caption_key, seed, batch.epoch)
+    rank = torch.where(is_word, which, -1)
+    highest = torch.full((num_captions,), -1, device=rank.device).scatter_reduce_(0, caption, rank, "amax")
+    replaced = is_word & (rank == highest[caption])
+    # Words by part of speech; the n-th of one's own takes its place.
+    kind = torch.where(is_word, lowest_bit(tags & FOILED), NUM_BINS).long()
+    count = (kind == torch.arange(NUM_BINS + 1, device=kind.device)[:, None]).sum(1)
+    place = (count.cumsum(0) - count)[kind] + (nth * count[kind] >> 32)
+    foil = torch.where(replaced, batch.tokens[kind.argsort(stable=True)[place]], batch.tokens)
+    is_foil = torch.zeros(num_captions, dtype=torch.int32, device=rank.device)
+    return foil, is_foil.scatter_reduce_(0, caption, (foil != batch.tokens).int(), "amax") > 0
 
 
 def counts(masked: list[MaskedTokens], pairs: list[Pairs | None]) -> Tensor:
     """(3,) float32: what the losses of these micro-batches are to be divided by, once summed over the ranks."""
     num_masked = torch.stack([m.num_masked for m in masked]).sum().float()
-    found = [torch.stack([2 * p.weight.sum(), p.num_shown]) for p in pairs if p is not None]
+    found = [torch.stack([2 * (p.weight + p.foil_weight).sum(), p.num_shown]) for p in pairs if p is not None]
     return torch.cat([num_masked[None], torch.stack(found).sum(0) if found else num_masked.new_zeros(2)])
