@@ -20,21 +20,14 @@ def command(scenes, out, *more, questions=None, annotations=None):
     return [*argv, "--tokenizer", str(scenes / "train" / "tokenizer"), "--workers", "1", *more]
 
 
-@pytest.fixture(scope="module")
-def built(scenes, tmp_path_factory):
-    out = tmp_path_factory.mktemp("vqa") / "train"
-    assert main(command(scenes, out)) == 0
-    return out
-
-
 def read(scenes, name):
     return json.loads((scenes / "eval" / name).read_text())
 
 
-def test_shards_hold_the_files(scenes, built):
+def test_shards_hold_the_files(scenes, question_shards):
     questions = read(scenes, "v2_OpenEnded_questions.json")["questions"]
     annotations = {a["question_id"]: a for a in read(scenes, "v2_annotations.json")["annotations"]}
-    shards = Shards((str(built),))
+    shards = Shards((str(question_shards),))
     found = {}
     for i in range(len(shards)):
         sample = shards[i]
@@ -49,19 +42,19 @@ def test_shards_hold_the_files(scenes, built):
         assert (image, text, number) == (question["image_id"], question["question"], question["question_id"])
         humans = [answer["answer"] for answer in annotations[number]["answers"]]
         assert scores == {answer: accuracy(answer, humans) for answer in set(humans)}
-    counts = Manifest.load(built).counts
+    counts = Manifest.load(question_shards).counts
     wanted = [a["multiple_choice_answer"] for a in annotations.values()]
     assert counts["answers"] == {answer: wanted.count(answer) for answer in set(wanted)}
     assert list(counts["answers"].values()) == sorted(counts["answers"].values(), reverse=True)
 
 
-def test_the_build_can_be_verified_and_repeated(scenes, built, tmp_path, capsys):
-    assert main(["verify", str(built)]) == 0
-    assert main(command(scenes, built)) == 0
+def test_the_build_can_be_verified_and_repeated(scenes, question_shards, tmp_path, capsys):
+    assert main(["verify", str(question_shards)]) == 0
+    assert main(command(scenes, question_shards)) == 0
     assert "already complete" in capsys.readouterr().out
     again = tmp_path / "again"
     assert main([*command(scenes, again)[:-2], "--workers", "2", "--records-per-part", "4096"]) == 0
-    assert (again / "part-00000.00000.mds").read_bytes() == (built / "part-00000.00000.mds").read_bytes()
+    assert (again / "part-00000.00000.mds").read_bytes() == (question_shards / "part-00000.00000.mds").read_bytes()
 
 
 def test_scores_are_the_evaluators_accuracy():
