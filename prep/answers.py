@@ -6,6 +6,7 @@ Comparison and accuracy are those of the official VQA evaluator (Goyal et al., a
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -47,7 +48,8 @@ class Answers(NamedTuple):
     def of(cls, question_id: int, most_common: str, answers: Sequence[str]) -> Answers:
         """From N human answers; all are kept in the form in which the evaluator compares them."""
         (most_common,) = as_compared([most_common], answers)
-        scores = {answer: accuracy(answer, answers) for answer in as_compared(answers, answers)}
+        matches = Counter(as_compared(answers, answers))
+        scores = {answer: mean_of_sets(count, len(answers)) for answer, count in matches.items()}
         return cls(question_id, most_common, {answer: score for answer, score in scores.items() if score > 0})
 
 
@@ -75,6 +77,10 @@ def as_compared(texts: Iterable[str], answers: Sequence[str]) -> list[str]:
 def accuracy(prediction: str, answers: Sequence[str]) -> float:
     """VQA accuracy of an answer given N human ones: the mean over the N sets of N - 1 of min(1, matches / 3)."""
     prediction, *answers = as_compared([prediction, *answers], answers)
-    matches, total = answers.count(prediction), len(answers)
+    return mean_of_sets(answers.count(prediction), len(answers))
+
+
+def mean_of_sets(matches: int, total: int) -> float:
+    """The mean of min(1, matches / 3) over the sets that leave one of `total` answers out."""
     # A set without one of the matching answers has one match less.
     return (matches * min(1, (matches - 1) / 3) + (total - matches) * min(1, matches / 3)) / total
