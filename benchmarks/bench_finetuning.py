@@ -1,7 +1,7 @@
 """Does fine-tuning learn to look? VQA accuracy of a run, with a blank image, and of its question-only twin.
 
     python benchmarks/bench_finetuning.py scenes --init runs/noun
-    python benchmarks/bench_finetuning.py easy-vqa --steps 400
+    python benchmarks/bench_finetuning.py easy-vqa --steps 500
 
 scenes: shards of scene questions, and files of held-out scenes to be asked about, both as build_shards.py writes them.
 easy-vqa: the package of that name (pip install easy-vqa), training split against test split; its files are brought into
@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("set", choices=("scenes", "easy-vqa"))
     parser.add_argument("--init", help="run to begin with; without one: new weights")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--shards", type=Path, default=Path("data/scene-questions/train"))
     parser.add_argument("--files", type=Path, default=Path("data/scenes/eval"), help="of scenes to be asked about")
     parser.add_argument("--data", type=Path, default=Path("data/easy-vqa"), help="where easy-VQA is prepared")

@@ -15,7 +15,7 @@ installed = importlib.util.find_spec("easy_vqa") is not None
 @pytest.mark.slow
 @pytest.mark.skipif(not installed, reason="easy-vqa is not installed: pip install 'posmask[easy-vqa]'")
 def test_ninety_percent(tmp_path):
-    command = [sys.executable, str(BENCHMARK), "easy-vqa", "--steps", "400", "--no-twin"]
+    command = [sys.executable, str(BENCHMARK), "easy-vqa", "--steps", "500", "--no-twin"]
     for flag, name in (("--runs", "runs"), ("--data", "data"), ("--results", "results.json")):
         command += [flag, str(tmp_path / name)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -25,7 +25,7 @@ def flags(small_run, out, *data, task="vqa", steps=4):
     argv = ["--task", task, "--init", str(small_run), "--out", str(out), "--steps", str(steps), "--batch-size", "16"]
     argv += [word for folder in data for word in ("--data", str(folder))]
     return [*argv, "--log-every", "1", "--checkpoint-every", "2", "--eval-images", "16", "--snapshots", "0",
-            "--min-answers", "1", "--lr", "1e-3", "--warmup-steps", "0"]  # fmt: skip
+            "--min-answers", "1", "--lr", "1e-3", "--warmup-steps", "0", "--captions-per-image", "2"]  # fmt: skip
 
 
 def lines_of(run):
@@ -100,6 +100,19 @@ def test_it_begins_with_all_weights_but_the_head(small_run, question_shards, tas
         start.load_weights(model)
         there = weights_of(task_only)["vqa.0.weight"]
         assert torch.equal(model.state_dict()["vqa.0.weight"], there) == is_kept
+
+
+def test_pre_training_goes_on_with_another_objective(small_run, task_only, scenes, tmp_path):
+    """The new head is new, an answer head is left behind, all else is the run's."""
+    for run in (small_run, task_only):
+        argv = [*flags(run, tmp_path, scenes / "train", task="none"), "--mask", "verb", "--objectives", "mlm,itm"]
+        start = finetune.begin(finetune.parse_args(argv, False))
+        model = PosMaskModel(start.model_config)
+        fresh = {name: value.clone() for name, value in model.state_dict().items() if name.startswith("itm.")}
+        start.load_weights(model)
+        wanted = {name: value for name, value in weights_of(run).items() if not name.startswith("vqa.")} | fresh
+        assert model.state_dict().keys() == wanted.keys() > fresh.keys() > set()
+        assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
 
 
 def test_a_run_learns_and_validates(task_only, small_run):

@@ -25,8 +25,9 @@ from posmask.train.masking import arm_slug
 from posmask.train.pretrain import Start, from_preset, run_command
 
 TASKS = {"vqa": "visual question answering", "none": "pre-training goes on"}
+QUESTIONS_PER_IMAGE = 4  # of one step by default; the image is encoded once for all
 SIZES = {
-    "laptop": {"steps": 800, "batch_size": 128, "lr": 5e-4, "head_lr": 1e-3},
+    "laptop": {"steps": 1600, "batch_size": 64, "lr": 5e-4, "head_lr": 5e-4},
     "base": {"steps": 20_000, "batch_size": 256, "lr": 2e-5, "head_lr": 2e-4},
 }
 
@@ -61,7 +62,7 @@ class FinetuneConfig(RunConfig):
 
     @property
     def title(self) -> str:
-        return f"--task {self.task} --init {self.init} --mask {self.mask}"
+        return f"--task {self.task} --init {self.init or 'none'} --mask {self.mask}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,7 +81,7 @@ def parse_args(argv: list[str] | None, has_gpu: bool) -> FinetuneConfig:
     parser.add_argument("--head-lr", type=float, help="peak learning rate of the answer head")
     parser.add_argument("--min-answers", type=int, default=9,
                         help="how often a most common answer comes in training to be in the vocabulary")  # fmt: skip
-    parser.set_defaults(objectives=None)
+    parser.set_defaults(objectives=None, captions_per_image=None)
     args = parser.parse_args(argv)
     if not args.data:
         parser.error("--data is required: shards of questions for --task vqa, of captions for --task none")
@@ -91,6 +92,8 @@ def parse_args(argv: list[str] | None, has_gpu: bool) -> FinetuneConfig:
         saved = model_config_of(args.init)
         args.preset = saved.preset
     args.preset = args.preset or ("base" if has_gpu else "laptop")
+    if args.captions_per_image is None:
+        args.captions_per_image = QUESTIONS_PER_IMAGE if args.task == "vqa" else 1
     if args.objectives is None:
         masked = ("mlm",) if args.mask != "none" else ()
         args.objectives = masked if args.task == "vqa" or saved is None else saved.objectives or ("mlm",)

@@ -307,6 +307,9 @@ class PosMaskModel(nn.Module):
                 nn.init.normal_(module.weight, std=std)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
+        if self.vqa is not None:
+            # One answer of A is right: the head begins there (arXiv 1708.02002, section 4.1), not at every second one.
+            nn.init.constant_(self.vqa[-1].bias, -math.log(len(config.answers)))
 
     def encode_text(self, tokens: Tensor, packing: Packing) -> Tensor:
         """tokens (T,) int32 -> (T, D), before any image is seen."""
