@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +21,18 @@ class Outcome:
     predictions: list[dict]  # one JSON object an item
     table: str
     draw: Callable[[Figure], None]
+    files: dict[str, object] = field(default_factory=dict)  # JSON files of the task's own, by name
 
 
 def save(out: Path, results: dict, outcome: Outcome) -> None:
-    """Writes the four files; results.json last and atomically, so that a folder with one is complete."""
+    """Writes the four files and the task's own; results.json last and whole, so that a folder with one is complete."""
     assert {"data", "num_items", "num_missing"} <= results.keys()
     out.mkdir(parents=True, exist_ok=True)
     with (out / "predictions.jsonl").open("w") as file:
         file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in outcome.predictions)
     (out / "table.txt").write_text(outcome.table + "\n")
+    for name, content in outcome.files.items():
+        (out / name).write_text(json.dumps(content, ensure_ascii=False) + "\n")
     figure = Figure(figsize=(9, 4.5), dpi=120, layout="constrained")
     outcome.draw(figure)
     figure.savefig(out / "plot.png")

@@ -104,9 +104,10 @@ class Score:
     def check(self, model: PosMaskModel, run: Path) -> None:
         """Raises ValueError if `model` lacks the head that this score needs, or never trained it."""
         if self.base in LIKELIHOODS and "mlm" not in model.config.objectives:
+            others = [f"--score {name}" for name in HEADS if has_head(model, name)]
             raise ValueError(
-                f"--score {self.name} needs masked language modelling, which {run} was trained without: take --score "
-                f"{model.config.objectives[0]}"
+                f"--score {self.name} needs masked language modelling, which {run} was trained without: take "
+                f"{' or '.join(others) or 'another checkpoint'}"
             )
         if self.base in HEADS and not has_head(model, self.base):
             raise ValueError(

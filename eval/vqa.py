@@ -1,53 +1,33 @@
 """VQA v2 (Goyal et al., arXiv 1612.00837): accuracy by answer type, by question type and by what a question asks for.
 
-    python eval/run.py vqa --checkpoint runs/noun --annotations v2_mscoco_val2014_annotations.json --predictions FILE
+    python eval/run.py vqa --checkpoint runs/noun-vqa --questions Q.json --annotations A.json --images val2014
+    python eval/run.py vqa --checkpoint runs/noun --annotations A.json --predictions FILE
 
---predictions is a file in the official results format, [{"question_id": 1, "answer": "yes"}, ...], --blank-predictions
-one that the same model made with a blank image. Accuracy and normalisation are those of the official evaluator, quirks
-included.
+A model that train/finetune.py gave an answer head answers each question twice, with its image and with a blank one; the
+answers are also written in the official results format, [{"question_id": 1, "answer": "yes"}, ...], to
+official_results.json and official_results_blank.json. Answers of another model in that format are read with
+--predictions and --blank-predictions. Accuracy is that of the official evaluator.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 from posmask.eval.annotations import read_entries, read_json
+from posmask.eval.photos import PhotoEncoder, PhotoFolders
 from posmask.eval.results import Outcome, draw_bars, percent, percent_interval, render
+from posmask.eval.scoring import Encoder, batches, conditions, encode
 from posmask.eval.stats import rate
+from posmask.prep.answers import accuracy
 from posmask.train.model import PosMaskModel
 
 MEASURE = "accuracy"
-PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-COMMA_IN_NUMBER = re.compile(r"\d,\d")
-# The evaluator means "a period that is not in a number", but its look-behind is written as a look-ahead that always
-# holds. It also passes re.UNICODE where the number of replacements belongs, which is 32.
-PERIOD = re.compile(r"\.(?!\d)")
-MAX_PERIODS = int(re.UNICODE)
-NUMBERS = {
-    "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
-    "eight": "8", "nine": "9", "ten": "10",
-}  # fmt: skip
-ARTICLES = {"a", "an", "the"}
-# Restored where one apostrophe is missing. Those whose bare form is another word (we'll, it's, she'd) are not on the
-# evaluator's list.
-CONTRACTED = """
-    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
-    he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
-    o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
-    someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
-    there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
-    what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
-    wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
-"""
-CONTRACTIONS = {
-    word[:i] + word[i + 1 :]: word for word in CONTRACTED.split() for i in range(len(word)) if word[i] == "'"
-} | {"somebody'd": "somebodyd"}  # the wrong way round in the evaluator
-
 ANSWER_TYPES = ("yes/no", "number", "other")
 # The 64 prefixes by which VQA sorts questions, and the rest, by what is asked for.
 GROUPS = {
@@ -72,38 +52,14 @@ GROUPS = {
 GROUP_OF = {kind: group for group, kinds in GROUPS.items() for kind in kinds}
 
 
-def normalise(answer: str) -> str:
-    """An answer as the official evaluator compares it (processPunctuation, then processDigitArticle)."""
-    text = answer
-    has_number = COMMA_IN_NUMBER.search(answer) is not None
-    for character in PUNCTUATION:
-        beside_space = character + " " in answer or " " + character in answer
-        text = text.replace(character, "" if beside_space or has_number else " ")
-    text = PERIOD.sub("", text, count=MAX_PERIODS)
-    words = (NUMBERS.get(word, word) for word in text.lower().split())
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
-
-
-def accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """VQA accuracy of an answer given N human ones: the mean over the N sets of N - 1 of min(1, matches / 3).
-
-    Normalised only where the humans do not all agree to the letter, as in the official evaluator.
-    """
-    prediction, *answers = (one.replace("\n", " ").replace("\t", " ").strip() for one in (prediction, *answers))
-    if len(set(answers)) > 1:
-        prediction, *answers = map(normalise, (prediction, *answers))
-    matches, total = answers.count(prediction), len(answers)
-    # A set without one of the matching answers has one match less.
-    return (matches * min(1, (matches - 1) / 3) + (total - matches) * min(1, matches / 3)) / total
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The task's own flags."""
     parser.add_argument("--annotations", required=True, metavar="PATH", help="VQA v2 annotations (answers)")
-    parser.add_argument("--questions", metavar="PATH", help="VQA v2 questions, to be written beside the answers")
-    parser.add_argument("--predictions", metavar="PATH", help="answers in the official results format")
+    parser.add_argument("--questions", metavar="PATH", help="VQA v2 questions, to be answered")
+    parser.add_argument("--images", nargs="+", metavar="DIR", help="folders to look for photos in")
+    parser.add_argument("--predictions", metavar="PATH", help="answers in the official results format, of any model")
     parser.add_argument("--blank-predictions", metavar="PATH", help="answers of the same model to a blank image")
-    parser.add_argument("--allow-missing", action="store_true", help="leave out questions without a prediction")
+    parser.add_argument("--allow-missing", action="store_true", help="leave out questions without photo or prediction")
 
 
 def item_value(prediction: dict) -> tuple[str, str, float | None]:
@@ -148,24 +104,81 @@ def read_predictions(path: str, flag: str, wanted: dict[int, dict], allow_missin
     return answers
 
 
-def evaluate(model: PosMaskModel, run: Path, config: dict, args: argparse.Namespace) -> Outcome:
-    """Accuracies of the answers in --predictions."""
-    if args.predictions is None:
+def read_questions(path: str) -> dict[int, str]:
+    """Questions by question_id. Raises ValueError for another format."""
+    content = read_json(Path(path), "--questions")
+    try:
+        return {entry["question_id"]: entry["question"] for entry in content["questions"]}
+    except (KeyError, TypeError):
+        raise ValueError(f"--questions {path}: not a file of VQA questions") from None
+
+
+def find_answers(
+    model: PosMaskModel, run: Path, config: dict, args: argparse.Namespace, annotations: dict[int, dict],
+    questions: dict[int, str],
+) -> dict[str, dict[int, str]]:  # fmt: skip
+    """{"image": {question_id: answer}, "blank": …}, of the model or of the files that --predictions names.
+
+    Raises ValueError for a model without an answer head, and for what it lacks to answer.
+    """
+    if args.predictions:
+        files = {"image": ("--predictions", args.predictions), "blank": ("--blank-predictions", args.blank_predictions)}
+        given = {name: pair for name, pair in files.items() if pair[1]}
+        return {
+            name: read_predictions(path, flag, annotations, args.allow_missing) for name, (flag, path) in given.items()
+        }
+    if model.vqa is None:
         raise ValueError(
-            f"{run} has no answer head: give its answers with --predictions FILE, in the official results format"
+            f"{run} has no answer head: fine-tune it with train/finetune.py --task vqa --init {run}, or give its "
+            "answers with --predictions FILE, in the official results format"
         )
+    if not (args.questions and args.images):
+        raise ValueError(f"to let {run} answer, give --questions FILE and --images DIR; or answers with --predictions")
+    if lacking := [key for key in annotations if key not in questions]:
+        raise ValueError(
+            f"--questions {args.questions} lacks question {lacking[0]} of --annotations; they are of different splits"
+        )
+    asked: dict[str, list[int]] = {}
+    for key, entry in annotations.items():
+        asked.setdefault(photo_name(entry["image_id"]), []).append(key)
+    folders = PhotoFolders(args.images)
+    for name in folders.missing(asked, args.allow_missing):
+        del asked[name]
+    return answer(model, run, asked, questions, PhotoEncoder(model, folders, config["decode"]))
+
+
+def photo_name(image_id: int) -> str:
+    """As COCO 2017 names it; `PhotoFolders` finds it under the other names too."""
+    return f"{int(image_id):012d}.jpg"
+
+
+def answer(
+    model: PosMaskModel, run: Path, asked: dict[str, list[int]], questions: dict[int, str], photos: PhotoEncoder
+) -> dict[str, dict[int, str]]:
+    """The model's answers to the questions `asked` of each photo, with the photo and with a blank one."""
+    encoder, names = Encoder(run, model), list(asked)
+    answers: dict[str, dict[int, str]] = {"image": {}, "blank": {}}
+    for window, features in photos.windows(names):
+        shown = conditions(model, features, ("blank",), seed=0)
+        keys = [key for name in names[window] for key in asked[name]]
+        image_of = np.repeat(np.arange(len(features)), [len(asked[name]) for name in names[window]])
+        texts = encoder([questions[key] for key in keys])
+        for rows in batches([len(text.ids) for text in texts]):
+            text_TD, packing = encode(model, [texts[i].ids for i in rows])
+            own = torch.from_numpy(image_of[rows]).to(text_TD.device, torch.int32)
+            for name, image_BND in shown.items():
+                image = own if name == "image" else torch.zeros_like(own)
+                best = model.answer(text_TD, packing, image_BND, image).argmax(1).tolist()
+                answers[name] |= {keys[i]: model.config.answers[k] for i, k in zip(rows, best, strict=True)}
+    return answers
+
+
+def evaluate(model: PosMaskModel, run: Path, config: dict, args: argparse.Namespace) -> Outcome:
+    """Accuracies of the model's answers, or of those in --predictions."""
     annotations = read(args.annotations)
-    answers = {"image": read_predictions(args.predictions, "--predictions", annotations, args.allow_missing)}
-    if args.blank_predictions:
-        given = read_predictions(args.blank_predictions, "--blank-predictions", annotations, args.allow_missing)
-        answers["blank"] = given
+    questions = read_questions(args.questions) if args.questions else {}
+    answers = find_answers(model, run, config, args, annotations, questions)
     answered = [key for key in annotations if all(key in given for given in answers.values())]
-    questions = {}
-    if args.questions:
-        content = read_json(Path(args.questions), "--questions")
-        if not isinstance(content, dict) or "questions" not in content:
-            raise ValueError(f"--questions {args.questions}: not a file of VQA questions")
-        questions = {entry["question_id"]: entry["question"] for entry in content["questions"]}
     predictions = []
     for key in answered:
         entry = annotations[key]
@@ -182,7 +195,17 @@ def evaluate(model: PosMaskModel, run: Path, config: dict, args: argparse.Namesp
     title = f"vqa of {run}, {len(answered):,} questions of {args.annotations}; 95 % intervals over questions"
     if results["num_missing"]:
         title += f"\n{results['num_missing']:,} questions without an answer are left out"
-    return Outcome(results, predictions, make_table(title, results), lambda figure: draw(figure, results, title))
+    files = {} if args.predictions else official_files(answers)
+    return Outcome(results, predictions, make_table(title, results), lambda figure: draw(figure, results, title), files)
+
+
+def official_files(answers: dict[str, dict[int, str]]) -> dict[str, list[dict]]:
+    """Answers as the official evaluation server takes them, one file a condition."""
+    names = {"image": "official_results.json", "blank": "official_results_blank.json"}
+    return {
+        names[name]: [{"question_id": key, "answer": text} for key, text in given.items()]
+        for name, given in answers.items()
+    }
 
 
 def summarise(predictions: list[dict], names: tuple[str, ...]) -> dict:

@@ -9,21 +9,24 @@ from typing import Any, NoReturn
 
 from posmask.prep import shards, wordpiece
 
-SOURCES = ("scenes", "coco", "karpathy", "albef", "table", "tsv", "folder", "webdataset", "parquet")
+SOURCES = (
+    "scenes", "coco", "karpathy", "albef", "table", "tsv", "folder", "webdataset", "parquet", "vqa", "scene-questions"
+)  # fmt: skip
 # Flags that only some sources take, and whether those need them.
 SOURCE_FLAGS = {
-    "num_scenes": {"scenes": False},
-    "annotations": {"coco": True, "karpathy": True, "albef": True},
+    "num_scenes": {"scenes": False, "scene-questions": False},
+    "questions": {"vqa": True},
+    "annotations": {"coco": True, "karpathy": True, "albef": True, "vqa": True},
     "split": {"karpathy": False},
     "restval": {"karpathy": False},
-    "images": {"coco": True, "karpathy": True, "albef": True, "folder": True, "table": False, "tsv": False},
+    "images": dict.fromkeys(("coco", "karpathy", "albef", "folder", "vqa"), True) | {"table": False, "tsv": False},
     "table": {"table": True, "tsv": True},
     "columns": {"tsv": False},
     "image_column": {"table": True, "parquet": False},
     "caption_column": {"table": True, "parquet": False, "folder": False},
     "files": {"webdataset": True, "parquet": True},
 }
-PATH_FLAGS = {"annotations", "images", "table", "files"}
+PATH_FLAGS = {"questions", "annotations", "images", "table", "files"}
 NUM_SCENES = 20_000
 # Decide where and how fast the shards are written, not what is in them.
 NOT_IN_COMMAND = ("source", "out", "workers", "engine", "part", "max_dropped")
@@ -50,7 +53,8 @@ def make_parser(description: str = "") -> Parser:
     parser.add_argument("source", nargs="?", default="scenes", choices=SOURCES, help="of images and captions")
     parser.add_argument("--out", metavar="DIR", help="default data/SOURCE")
     add = parser.add_argument_group("the source").add_argument
-    add("--annotations", nargs="+", metavar="F", help="coco, karpathy, albef: the JSON, one file or several")
+    add("--questions", nargs="+", metavar="F", help="vqa: the questions, one file or several")
+    add("--annotations", nargs="+", metavar="F", help="coco, karpathy, albef, vqa: the JSON, one file or several")
     add("--split", metavar="S", help="karpathy: train (default), val or test")
     add("--restval", action="store_true", default=None, help="karpathy: add COCO's images marked restval")
     add("--images", metavar="DIR", help="where the images are; table, tsv: default the table's folder")
@@ -59,7 +63,7 @@ def make_parser(description: str = "") -> Parser:
     add("--image-column", metavar="C", help="table: the column with the image's path; parquet: with its bytes (image)")
     add("--caption-column", metavar="C", help="table, parquet (caption), folder with metadata: the column of captions")
     add("--files", nargs="+", metavar="F", help="webdataset, parquet: the .tar or .parquet files that hold the images")
-    add("--num-scenes", type=_positive, metavar="N", help=f"scenes: training images, {NUM_SCENES} by default")
+    add("--num-scenes", type=_positive, metavar="N", help=f"scenes, scene-questions: training images ({NUM_SCENES})")
     add("--seed", type=int, default=0, help="of the scenes")
     add("--limit", type=_positive, metavar="N", help="take the first N records only")
     add("--exclude", metavar="FILE", help="image keys, file names or COCO ids to leave out, one a line")

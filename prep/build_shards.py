@@ -9,6 +9,8 @@
     python prep/build_shards.py webdataset --files laion/*.tar      # as img2dataset writes them
     python prep/build_shards.py parquet --files train-*.parquet     # images inside, as on the Hugging Face hub
     python prep/build_shards.py tsv --table cc3m.tsv --columns caption,image --images cc3m
+    python prep/build_shards.py vqa --questions Q.json --annotations A.json --images train2014   # for fine-tuning
+    python prep/build_shards.py scene-questions --tokenizer data/scenes/train/tokenizer          # the same of scenes
 
 Files and folders may be URLs, --files with wildcards: --files 's3://bucket/laion/*.tar' (pip install 'posmask[s3]').
 
@@ -50,10 +52,11 @@ from posmask.prep.ray_engine import prepare as prepare_on_ray
 from posmask.prep.samples import CHUNK_RECORDS, Prepared, Recipe, is_unicode
 from posmask.prep.samples import prepare as prepare_in_processes
 from posmask.prep.scene_tasks import write_eval_sets
-from posmask.prep.scenes import Scenes
+from posmask.prep.scenes import SceneQuestions, Scenes
 from posmask.prep.sources import Record
 from posmask.prep.verification import verify
 
+SCENES = {source.name: source for source in (Scenes, SceneQuestions)}
 MIN_EVAL_SCENES = 50  # fewer hold too few pairs that mirror each other
 MAX_PROBLEMS = 50  # printed by verify
 MAX_NAMED = 3  # broken records named in the error line; dropped.jsonl has all
@@ -71,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = arguments.make_parser(__doc__).parse_args(argv)
         arguments.check(args)
         out = Path(args.out or f"data/{args.source}")
-        if args.source == "scenes":
+        if args.source in SCENES:
             build_scenes(args, out)
         else:
             build(args, open_source(args), out)
@@ -123,11 +126,12 @@ def open_source(args: argparse.Namespace) -> Sequence[Record]:
 
 
 def build_scenes(args: argparse.Namespace, out: Path) -> None:
-    """The default: a training and a validation set with one vocabulary, and evaluation sets in public formats."""
+    """A training and a validation set with one vocabulary; with captions, also evaluation sets in public formats."""
     num_scenes = args.num_scenes or arguments.NUM_SCENES
-    build(args, Scenes("train", num_scenes, args.seed), out / "train")
-    build(args, Scenes("val", max(1, num_scenes // 10), args.seed), out / "val", like=out / "train")
-    if (out / "eval").exists() or (args.part and args.part[0] > 1):
+    source = SCENES[args.source]
+    build(args, source("train", num_scenes, args.seed), out / "train")
+    build(args, source("val", max(1, num_scenes // 10), args.seed), out / "val", like=out / "train")
+    if source is not Scenes or (out / "eval").exists() or (args.part and args.part[0] > 1):
         return
     for leftover in out.glob("eval.*.tmp"):  # of killed processes
         shutil.rmtree(leftover)
@@ -192,6 +196,7 @@ def build(args: argparse.Namespace, source: Sequence[Record], out: Path, like: P
         units=out / units.FILE,
         entities=args.entities,
         num_scores=len(scores),
+        has_answers=bool(source[0].answers),
         image_size=args.image_size,
         quality=args.quality,
         max_tokens=args.max_tokens,
@@ -248,7 +253,7 @@ def write_parts(
             dropped: list[tuple[str, str]] = []
             num_records = min(records_per_part, len(source) - starts[part])
             samples = _stream(group, dropped, progress, task)
-            shards.write_part(out, part, num_records, samples, dropped, recipe.num_scores)
+            shards.write_part(out, part, num_records, samples, dropped, recipe.num_scores, recipe.has_answers)
             if not console.is_terminal:
                 print(f"{out}: part {part + 1} of {len(starts)}, {num_records} records", flush=True)
 
@@ -291,6 +296,8 @@ def summary(manifest: shards.Manifest) -> Table:
     for name in ("images", "captions", "tokens"):
         table.add_row(name, f"{counts[name]:,}", "")
     table.add_row("tokens in the longest caption", f"{manifest.longest_caption}", "")
+    if "answers" in counts:
+        table.add_row("different answers", f"{len(counts['answers']):,}", "")
     for name in ("cut_captions", "empty_captions"):
         if counts[name]:
             table.add_row(name.replace("_", " "), f"{counts[name]:,}", f"{counts[name] / counts['captions']:.1%}")
@@ -306,7 +313,7 @@ def summary(manifest: shards.Manifest) -> Table:
 
 
 def fingerprint(source: Sequence[Record]) -> str:
-    """sha256 of all keys and captions. Raises ValueError for a key that comes twice or is not valid Unicode."""
+    """sha256 of keys, captions and answers. Raises ValueError for a key that comes twice or is not valid Unicode."""
     digest = sha256()
     ids = array("Q")  # numbers in a set would take ten times the memory
     for record in source:
@@ -314,7 +321,7 @@ def fingerprint(source: Sequence[Record]) -> str:
             ids.append(shards.sample_id(source.name, record.key))
         except UnicodeEncodeError:
             raise ValueError(f"the image name {record.key!r} is not valid Unicode; rename it") from None
-        digest.update(json.dumps([record.key, *record.captions]).encode())
+        digest.update(json.dumps([record.key, *record.captions, *record.answers]).encode())
     numbers, first = np.unique(np.array(ids, np.uint64), return_index=True)
     if len(numbers) < len(ids):
         repeated = min(set(range(len(ids))).difference(first.tolist()))

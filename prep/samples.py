@@ -42,6 +42,7 @@ class Recipe:
     units: Path  # the file
     entities: bool  # whether named entities are phrases, too
     num_scores: int
+    has_answers: bool  # whether captions are questions
     image_size: int  # limit of the short side, pixels
     quality: int
     max_tokens: int
@@ -67,28 +68,29 @@ class Preparer:
 
     def __call__(self, records: Sequence[Record]) -> Prepared:
         prepared = Prepared()
-        kept: list[tuple[Record, Jpeg, list[str], list[Encoded]]] = []
+        kept: list[tuple[Record, Jpeg, list[int], list[Encoded]]] = []
         for record in records:
-            captions, encoded = self._usable(record.captions)
-            reason = "" if captions else _why_no_caption(record)
-            if captions:
+            usable, encoded = self._usable(record.captions)
+            reason = "" if usable else _why_no_caption(record)
+            if usable:
                 try:
-                    kept.append((record, self._image(record), captions, encoded))
+                    kept.append((record, self._image(record), usable, encoded))
                 except BrokenImage as error:
                     reason = str(error)
             if reason:
                 prepared.dropped.append((record.key, reason))
-        texts = (caption for _, _, captions, _ in kept for caption in captions)
+        texts = (record.captions[i] for record, _, usable, _ in kept for i in usable)
         tokens = tag(self.nlp, texts, self.units.word_lists)
-        for record, image, captions, encoded in kept:
-            prepared.samples.append(self._sample(record, image, captions, encoded, tokens))
+        for record, image, usable, encoded in kept:
+            prepared.samples.append(self._sample(record, image, usable, encoded, tokens))
         return prepared
 
-    def _usable(self, captions: Sequence[str]) -> tuple[list[str], list[Encoded]]:
-        """The captions that hold at least one piece, and their encodings."""
-        texts = [caption for caption in captions if is_unicode(caption)]
-        pairs = [(text, encoded) for text, encoded in zip(texts, self.encode(texts), strict=True) if encoded.pieces]
-        return [text for text, _ in pairs], [encoded for _, encoded in pairs]
+    def _usable(self, captions: Sequence[str]) -> tuple[list[int], list[Encoded]]:
+        """Which captions hold at least one piece, and their encodings."""
+        readable = [i for i, caption in enumerate(captions) if is_unicode(caption)]
+        pairs = zip(readable, self.encode([captions[i] for i in readable]), strict=True)
+        found = {i: encoded for i, encoded in pairs if encoded.pieces}
+        return list(found), list(found.values())
 
     def _image(self, record: Record) -> Jpeg:
         try:
@@ -104,8 +106,10 @@ class Preparer:
         return normalise(data, self.recipe.image_size, self.recipe.quality)
 
     def _sample(
-        self, record: Record, image: Jpeg, captions: list[str], encoded: list[Encoded], tokens: Iterator[list[Token]]
+        self, record: Record, image: Jpeg, usable: list[int], encoded: list[Encoded], tokens: Iterator[list[Token]]
     ) -> Sample:
+        captions = [record.captions[i] for i in usable]
+        answers = [record.answers[i] for i in usable] if self.recipe.has_answers else []
         tags: list[int] = []
         scores: list[np.ndarray] = []
         for caption, e in zip(captions, encoded, strict=True):
@@ -125,6 +129,9 @@ class Preparer:
             height=image.height,
             num_cut=sum(e.is_cut for e in encoded),
             num_empty=len(record.captions) - len(captions),
+            question_ids=[each.question_id for each in answers],
+            answers=[each.scores for each in answers],
+            most_common_answers=[each.most_common for each in answers],
         )
 
 

@@ -11,14 +11,17 @@ from __future__ import annotations
 import functools
 import random
 
+from posmask.prep.answers import Answers
 from posmask.prep.scene_captions import Word, captions, text
 from posmask.prep.scene_drawing import draw, encode
+from posmask.prep.scene_questions import Question, questions
 from posmask.prep.scene_world import Scene, content_class, sample_scene
 from posmask.prep.sources import Record
 
 # Of ten classes of contents: the share of a split bounds how many distinct scenes it can draw, not how many it does.
 CONTENT_CLASSES = {"train": range(8), "val": range(8, 9), "eval": range(9, 10)}
 MIN_CAPTIONS, MAX_CAPTIONS = 2, 5
+ASKED_TOGETHER = 1000  # scenes among which yes/no questions are balanced: the time grows with the square
 
 
 def _rng(split: str, seed: int, index: int, purpose: str) -> random.Random:
@@ -79,9 +82,37 @@ class Scenes:
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < self.num_scenes:
             raise IndexError(index)
-        where = (self.split, self.seed, index)
+        texts, answers = self.texts_at(index)
         return Record(
             key=f"{self.split}-{self.seed}-{index:07d}",
-            captions=tuple(text(caption) for caption in captions_at(*where)),
-            load=functools.partial(jpeg_at, *where),
+            captions=texts,
+            load=functools.partial(jpeg_at, self.split, self.seed, index),
+            answers=answers,
         )
+
+    def texts_at(self, index: int) -> tuple[tuple[str, ...], tuple[Answers, ...]]:
+        """The captions of scene `index`, and the answers to those that are questions."""
+        return tuple(text(caption) for caption in captions_at(self.split, self.seed, index)), ()
+
+
+@functools.lru_cache(maxsize=1)
+def questions_at(split: str, seed: int, start: int, end: int) -> list[list[Question]]:
+    """The questions about each of the scenes start … end - 1."""
+    scenes = [scene_at(split, seed, index) for index in range(start, end)]
+    asked: list[list[Question]] = [[] for _ in scenes]
+    for k, question in questions(scenes, _rng(split, seed, start, "questions")):
+        asked[k].append(question)
+    return asked
+
+
+class SceneQuestions(Scenes):
+    """The scenes of `Scenes`, with questions and their answers in place of captions."""
+
+    name = "scene-questions"
+
+    def texts_at(self, index: int) -> tuple[tuple[str, ...], tuple[Answers, ...]]:
+        start = index - index % ASKED_TOGETHER
+        end = min(start + ASKED_TOGETHER, self.num_scenes)
+        asked = questions_at(self.split, self.seed, start, end)[index - start]
+        answers = (Answers(1000 * (index + 1) + n, q.answer, {q.answer: 1.0}) for n, q in enumerate(asked))
+        return tuple(q.text for q in asked), tuple(answers)

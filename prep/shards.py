@@ -38,6 +38,8 @@ COLUMNS = {
     "scores": "ndarray:uint8",  # left out where a build has none
     "caption_lengths": "ndarray:uint8",
     "captions": "json",
+    "question_ids": "json",  # this and the next where captions are questions: one number each,
+    "answers": "json",  # and {answer: VQA accuracy}
 }
 MAX_VOCAB = 1 << 16  # tokens are uint16
 MAX_TOKENS = 255  # caption lengths are uint8
@@ -47,7 +49,7 @@ BUILD_AGAIN = "build it with prep/build_shards.py"
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with its C captions of T tokens in all, as stored; the last four fields only feed the counts."""
+    """One image with its C captions of T tokens in all, as stored; what is no column only feeds the counts."""
 
     key: str
     id: int
@@ -61,6 +63,9 @@ class Sample:
     height: int
     num_cut: int  # captions cut to the token limit
     num_empty: int  # captions left out
+    question_ids: list[int] = field(default_factory=list)  # C of them, and of the next two, or none
+    answers: list[dict[str, float]] = field(default_factory=list)
+    most_common_answers: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,8 @@ class Manifest:
     longest_caption: int  # tokens, [CLS] and [SEP] included
     image: dict[str, Any]  # size (limit of the short side), quality, mean_width, mean_height
     sources: tuple[dict[str, Any], ...]  # name, licence, command, records, records_sha256, excluded
-    # records, images, captions, tokens, maskable, cut_captions, empty_captions, per_upos {tag: pieces that carry it}
+    # records, images, captions, tokens, maskable, cut_captions, empty_captions, per_upos {tag: pieces that carry it},
+    # and where captions are questions: answers {answer: questions of which it is the most common one}
     counts: dict[str, Any]
     dropped: dict[str, int]  # records by reason
     records_per_part: int
@@ -209,9 +215,10 @@ def start_build(out: Path, config: dict[str, Any]) -> None:
     _write_json(out / "build.json", config)
 
 
-def columns(num_scores: int) -> dict[str, str]:
-    """The columns of shards with `num_scores` scores."""
-    return {name: kind for name, kind in COLUMNS.items() if num_scores or name != "scores"}
+def columns(num_scores: int, has_answers: bool = False) -> dict[str, str]:
+    """The columns of shards with `num_scores` scores, of questions or of captions."""
+    left_out = (() if num_scores else ("scores",)) + (() if has_answers else ("question_ids", "answers"))
+    return {name: kind for name, kind in COLUMNS.items() if name not in left_out}
 
 
 def write_part(
@@ -221,6 +228,7 @@ def write_part(
     samples: Iterable[Sample],
     dropped: Sequence[tuple[str, str]],
     num_scores: int = 0,
+    has_answers: bool = False,
 ) -> None:
     """Write one part of `num_records` records atomically: its `samples` and the `dropped` (key, reason) of the others.
 
@@ -233,7 +241,7 @@ def write_part(
     tally = _Tally()
     try:
         # As a context manager it would write a valid index even after an exception.
-        kinds = columns(num_scores)
+        kinds = columns(num_scores, has_answers)
         writer = MDSWriter(columns=kinds, out=str(temporary), hashes=["sha256"])
         for sample in samples:
             writer.write({column: getattr(sample, column) for column in kinds} | {"id": np.uint64(sample.id)})
@@ -309,9 +317,11 @@ def merge(out: Path) -> Manifest:
 
     counts: Counter[str] = Counter()
     per_upos: Counter[str] = Counter()
+    answers: Counter[str] = Counter()
     for part in summaries:
         counts.update(part["counts"])
         per_upos.update(part["per_upos"])
+        answers.update(part.get("answers", {}))
     images = max(1, counts["images"])
     pixels = {f"mean_{side}": round(counts.pop(f"{side}_pixels", 0) / images, 1) for side in ("width", "height")}
     source = {key: config[key] for key in ("licence", "command", "records", "records_sha256", "excluded")}
@@ -325,7 +335,12 @@ def merge(out: Path) -> Manifest:
         longest_caption=max(part["longest_caption"] for part in summaries),
         image={"size": config["image_size"], "quality": config["quality"], **pixels},
         sources=({"name": config["source"], **source},),
-        counts={"records": config["records"], **counts, "per_upos": {tag: per_upos[tag] for tag in pos.UPOS}},
+        counts={
+            "records": config["records"],
+            **counts,
+            "per_upos": {tag: per_upos[tag] for tag in pos.UPOS},
+            **({"answers": dict(sorted(answers.items(), key=lambda item: (-item[1], item[0])))} if answers else {}),
+        },
         dropped=dict(Counter(reason for _, reason in dropped).most_common()),
         records_per_part=config["records_per_part"],
         parts=tuple(
@@ -353,6 +368,7 @@ class _Tally:
     def __init__(self) -> None:
         self.counts = Counter(dict.fromkeys(("images", "captions", "tokens", "cut_captions", "empty_captions"), 0))
         self.tags: list[np.ndarray] = []
+        self.answers: Counter[str] = Counter()
         self.longest_caption = 0
 
     def add(self, sample: Sample) -> None:
@@ -366,13 +382,15 @@ class _Tally:
         self.counts["width_pixels"] += sample.width
         self.counts["height_pixels"] += sample.height
         self.tags.append(sample.tags)
+        self.answers.update(sample.most_common_answers)
         self.longest_caption = max(self.longest_caption, int(sample.caption_lengths.max()))
 
     def result(self) -> dict[str, Any]:
         tags = np.concatenate(self.tags) if self.tags else np.zeros(0, np.uint32)
         self.counts["maskable"] = int(np.count_nonzero(tags & np.uint32(pos.MASKABLE)))
         per_upos = {tag: int(np.count_nonzero(tags & np.uint32(bit))) for tag, bit in pos.UPOS_BIT.items()}
-        return {"counts": dict(self.counts), "per_upos": per_upos, "longest_caption": self.longest_caption}
+        result = {"counts": dict(self.counts), "per_upos": per_upos, "longest_caption": self.longest_caption}
+        return result | ({"answers": dict(sorted(self.answers.items()))} if self.answers else {})
 
 
 def read_json(path: Path) -> Any:

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from posmask.prep import locations, readers
+from posmask.prep.answers import Answers
 from posmask.prep.readers import load_json
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
@@ -37,6 +38,7 @@ class Record:
     key: str  # stable name inside the source
     captions: tuple[str, ...]
     load: Callable[[], bytes]  # the encoded image; raises OSError or ValueError when unreadable
+    answers: tuple[Answers, ...] = ()  # one a caption where captions are questions
 
 
 class OutsideFolder(ValueError):
@@ -196,6 +198,52 @@ def parquet(files: Sequence[Path], image_column: str = "image", caption_column: 
     return Source("parquet", NOT_STATED, records)
 
 
+def vqa(questions: Sequence[Path], annotations: Sequence[Path], images: Path) -> Source:
+    """Questions and annotations of VQA v2, joined by question_id; key = the image's name in COCO 2017, its number.
+
+    An image may also have the name of COCO 2014, which begins with the split. It is looked up in `images` and its
+    direct sub-folders.
+    """
+    _check_folder(images, "--images")
+    answers: dict[int, Answers] = {}
+    licences: set[str] = set()
+    for path in annotations:
+        content = load_json(path)
+        with _layout(
+            path, "VQA annotations", "annotations[].question_id, .multiple_choice_answer and .answers[].answer"
+        ):
+            licences.add(content.get("license", {}).get("name", NOT_STATED))
+            for entry in content["annotations"]:
+                given = [_text(answer["answer"], path) for answer in entry["answers"]]
+                number = entry["question_id"]
+                answers[number] = Answers.of(number, _text(entry["multiple_choice_answer"], path), given)
+    asked: dict[tuple[str, str], list[tuple[str, Answers]]] = {}
+    for path in questions:
+        content = load_json(path)
+        with _layout(path, "VQA questions", "questions[].question_id, .image_id and .question"):
+            for entry in content["questions"]:
+                if (found := answers.pop(entry["question_id"], None)) is None:
+                    raise ValueError(
+                        f"{path}: question {entry['question_id']} comes twice, or its answers are not in "
+                        f"{annotations[0]}; give --questions and --annotations of the same splits"
+                    )
+                name = f"{int(entry['image_id']):012d}.jpg"
+                names = (name, f"COCO_{content.get('data_subtype')}_{name}")
+                asked.setdefault(names, []).append((_text(entry["question"], path), found))
+    if answers:
+        raise ValueError(
+            f"{annotations[0]} answers {len(answers)} questions that {questions[0]} does not ask, such as "
+            f"{next(iter(answers))}; give --questions and --annotations of the same splits"
+        )
+    folders = _with_sub_folders(images)
+    _check_any_found(list(asked), folders)
+    records = [
+        Record(names[0], tuple(q for q, _ in pairs), partial(_read_image, folders, *names), tuple(a for _, a in pairs))
+        for names, pairs in asked.items()
+    ]
+    return Source("vqa", "; ".join(sorted(licences)), records)
+
+
 def without(source: Sequence[Record], excluded: set[str], limit: int | None) -> tuple[Source, int]:
     """The first `limit` records of `source` that are not `excluded`, and how many were excluded on the way.
 
@@ -240,13 +288,7 @@ def _names(key: str) -> Iterator[str]:
 
 def _on_disk(name: str, captions: Mapping[str, list[str]], folders: list[Path], licence: str = NOT_STATED) -> Source:
     """A source of images in `folders`, by path. Raises ValueError if none of them is there."""
-    # Images that lack here and there are dropped and counted later; if all do, the folder is the wrong one.
-    names = list(captions)
-    if names and not isinstance(folders[0], Path):
-        names = names[:: -(-len(names) // MAX_ASKED)]
-    if names and not any(_exists(folders, key) for key in names):
-        such_as = f"none of {len(names)} names, such as {names[0]}"
-        raise ValueError(f"no image found: {such_as}, is in {folders[0]}; see --images")
+    _check_any_found([(key,) for key in captions], folders)
     return Source(name, licence, _OnDisk(folders, captions))
 
 
@@ -265,17 +307,28 @@ class _OnDisk(Sequence[Record]):
         return Record(key, self.captions[index], partial(_read_image, self.folders, key))
 
 
-def _read_image(folders: list[Path], name: str) -> bytes:
-    """The file `name` of the first of `folders` that has it."""
-    if leaves_folder(name, folders):
-        raise OutsideFolder(name)
-    for folder in folders:
-        try:
-            return locations.read_span(_inside(folder, name))
-        except OSError as error:
-            if error.errno not in NO_SUCH_FILE and not isinstance(error, FileNotFoundError):
-                raise
-    raise FileNotFoundError(name)
+def _check_any_found(images: Sequence[tuple[str, ...]], folders: list[Path]) -> None:
+    """Images, each by the names it may have, that lack here and there are dropped and counted; not so if all do."""
+    asked = images
+    if images and not isinstance(folders[0], Path):
+        asked = images[:: -(-len(images) // MAX_ASKED)]
+    if images and not any(_exists(folders, name) for names in asked for name in names):
+        such_as = f"none of {len(asked)} names, such as {' or '.join(images[0])}"
+        raise ValueError(f"no image found: {such_as}, is in {folders[0]}; see --images")
+
+
+def _read_image(folders: list[Path], *names: str) -> bytes:
+    """The image that has one of these names, from the first of `folders` that has it."""
+    for name in names:
+        if leaves_folder(name, folders):
+            raise OutsideFolder(name)
+        for folder in folders:
+            try:
+                return locations.read_span(_inside(folder, name))
+            except OSError as error:
+                if error.errno not in NO_SUCH_FILE and not isinstance(error, FileNotFoundError):
+                    raise
+    raise FileNotFoundError(names[-1])
 
 
 def _exists(folders: list[Path], name: str) -> bool:

@@ -175,6 +175,10 @@ def sample_problem(sample: dict[str, Any], manifest: Manifest) -> str | None:
         return "it has scores and the manifest none, or the other way round"
     if manifest.scores and sample["scores"].shape != (len(tokens), len(manifest.scores)):
         return f"scores of shape {sample['scores'].shape}"
+    if ("answers" in sample) != ("answers" in manifest.counts):
+        return "it has answers and the manifest counts none, or the other way round"
+    if "answers" in sample and not len(sample["question_ids"]) == len(sample["answers"]) == len(lengths):
+        return f"{len(lengths)} questions, {len(sample['question_ids'])} ids and {len(sample['answers'])} answers"
     source = manifest.sources[0]["name"]
     if int(sample["id"]) != shards.sample_id(source, sample["key"]):
         return f"the id is not that of {source}/{sample['key']}"

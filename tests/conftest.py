@@ -131,6 +131,46 @@ def scenes(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def question_shards(scenes, tmp_path_factory):
+    """Shards of the questions about the 50 scenes of `scenes`/eval."""
+    from posmask.prep.build_shards import main
+
+    files, out = scenes / "eval", tmp_path_factory.mktemp("data") / "questions"
+    argv = ["vqa", "--questions", str(files / "v2_OpenEnded_questions.json"), "--annotations"]
+    argv += [str(files / "v2_annotations.json"), "--images", str(files / "val2017"), "--out", str(out)]
+    assert main([*argv, "--tokenizer", str(scenes / "train" / "tokenizer"), "--workers", "1"]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def small_run(scenes, tmp_path_factory):
+    """A run folder of a very small model with random weights, in the vocabulary of `scenes`."""
+    import dataclasses
+    import json
+    import shutil
+
+    from safetensors.torch import save_file
+
+    from posmask.prep.shards import Manifest
+    from posmask.train.config import PRESETS
+    from posmask.train.model import PosMaskModel
+
+    run = tmp_path_factory.mktemp("runs") / "small"
+    shutil.copytree(scenes / "train" / "tokenizer", run / "tokenizer")
+    config = dataclasses.replace(
+        PRESETS["laptop"], vocab_size=Manifest.load(scenes / "train").tokenizer.vocab_size, width=32, num_heads=4,
+        image_width=8, image_layers=(1, 1), image_size=32, max_positions=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config.save(run / "model_config.json")
+    weights = PosMaskModel(config).state_dict()
+    save_file({name: value.contiguous() for name, value in weights.items()}, run / "model.safetensors")
+    settings = {"mask": "noun", "decode": "cpu", "blank_rate": 0.1, "val": None, "steps": 7, "seed": 0, "out": str(run)}
+    (run / "config.json").write_text(json.dumps(settings))
+    return run
+
+
+@pytest.fixture(scope="session")
 def untrained_run(tmp_path_factory):
     """A run folder of a small model with random weights, whose vocabulary spells most words in several pieces."""
     import dataclasses

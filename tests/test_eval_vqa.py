@@ -10,6 +10,7 @@ import pytest
 
 from posmask.eval import run as evaluate
 from posmask.eval import vqa
+from posmask.prep.answers import PUNCTUATION, accuracy, normalise
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco_photos"
 
@@ -17,7 +18,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco_photos"
 def by_definition(prediction, answers):
     """Mean over the sets that leave one human out of min(1, matches / 3); normalised unless all are the same."""
     if len({answer.strip() for answer in answers}) > 1:
-        prediction, answers = vqa.normalise(prediction), [vqa.normalise(answer) for answer in answers]
+        prediction, answers = normalise(prediction), [normalise(answer) for answer in answers]
     sets = itertools.combinations(answers, len(answers) - 1)
     return np.mean([min(1, sum(answer == prediction for answer in others) / 3) for others in sets])
 
@@ -52,13 +53,13 @@ def by_definition(prediction, answers):
     ],
 )
 def test_normalisation(answer, normal):
-    assert vqa.normalise(answer) == normal
+    assert normalise(answer) == normal
 
 
 def test_accuracy_by_number_of_matches():
     for matches, wanted in ((0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)):
         answers = ["cat"] * matches + [f"other{i}" for i in range(10 - matches)]
-        assert vqa.accuracy("cat", answers) == pytest.approx(wanted)
+        assert accuracy("cat", answers) == pytest.approx(wanted)
 
 
 def test_accuracy_of_random_answer_sets():
@@ -69,20 +70,20 @@ def test_accuracy_of_random_answer_sets():
         answers = [rng.choice(words[: rng.randint(1, len(words))]) for _ in range(10)]
         prediction = rng.choice(words)
         wanted = by_definition(prediction, answers)
-        assert vqa.accuracy(prediction, answers) == pytest.approx(wanted)
+        assert accuracy(prediction, answers) == pytest.approx(wanted)
         seen.add(round(float(wanted), 6))
     assert seen == {0, 0.3, 0.6, 0.9, 1}
 
 
 def test_nothing_is_normalised_where_all_agree():
-    assert vqa.accuracy("2", ["two"] * 10) == 0
-    assert vqa.accuracy("2", ["two"] * 9 + ["three"]) == 1
-    assert vqa.accuracy("two\n", ["two"] * 9 + ["\ttwo"]) == 1
+    assert accuracy("2", ["two"] * 10) == 0
+    assert accuracy("2", ["two"] * 9 + ["three"]) == 1
+    assert accuracy("two\n", ["two"] * 9 + ["\ttwo"]) == 1
 
 
 def test_65_question_types_in_groups():
     assert len(vqa.GROUP_OF) == sum(map(len, vqa.GROUPS.values())) == 65
-    assert len(vqa.PUNCTUATION) == len(set(vqa.PUNCTUATION)) == 21
+    assert len(PUNCTUATION) == len(set(PUNCTUATION)) == 21
 
 
 @pytest.mark.real_data
@@ -96,7 +97,7 @@ def test_the_real_questions():
         answers = [answer["answer"] for answer in entry["answers"]]
         assert len(answers) == 10 and entry["answer_type"] in vqa.ANSWER_TYPES
         for prediction in {*answers, entry["multiple_choice_answer"], *rng.sample(everything, 5)}:
-            assert vqa.accuracy(prediction, answers) == pytest.approx(by_definition(prediction, answers))
+            assert accuracy(prediction, answers) == pytest.approx(by_definition(prediction, answers))
 
 
 KINDS = (("is the", "yes/no"), ("how many", "number"), ("what color is the", "other"), ("none of the above", "other"))

@@ -20,8 +20,8 @@ ALLOWED = {
     "kernels": {"posmask.kernels"},
     "prep": {"posmask.prep"},
     "train": TRAINING,
-    # What prepared the training data prepares the photos and texts of a benchmark: alike, and without spaCy.
-    "eval": TRAINING | {"posmask.eval", "posmask.prep.images", "posmask.prep.wordpiece"},
+    # What prepared the training data prepares photos, texts and answers of a benchmark: alike, and without spaCy.
+    "eval": TRAINING | {"posmask.eval", "posmask.prep.images", "posmask.prep.wordpiece", "posmask.prep.answers"},
 }
 ALLOWED_LAZILY = {"eval": {"posmask.prep.tagging"}}
 # A script's own folder comes first on its path, so such a file would replace the package for everybody it imports.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from posmask.train.config import RunConfig
@@ -22,19 +23,20 @@ def git_commit() -> str:
         return "unknown"
 
 
-def write_card(run: Path, config: RunConfig, shards: Shards) -> None:
+def write_card(run: Path, config: RunConfig, data: Sequence[Shards]) -> None:
     """Writes RUN/README.md."""
-    sources = {source["name"]: source.get("licence", "unknown") for m in shards.manifests for source in m.sources}
+    folders = [(folder, m) for shards in data for folder, m in zip(shards.folders, shards.manifests, strict=True)]
+    sources = {source["name"]: source.get("licence", "unknown") for _, m in folders for source in m.sources}
     lines = [
         f"# {run.name}",
         "",
         f"A posmask model of preset `{config.preset}`, trained for {config.steps:,} steps of {config.batch_size} "
-        f"images with `--mask {config.mask}` (seed {config.seed}, blank images {config.blank_rate:.0%}).",
+        f"images with `{config.title}` (seed {config.seed}, blank images {config.blank_rate:.0%}).",
         "",
         "| data | images | captions | tokens | licence |",
         "|---|---|---|---|---|",
     ]
-    for folder, manifest in zip(shards.folders, shards.manifests, strict=True):
+    for folder, manifest in folders:
         counts = manifest.counts
         licences = ", ".join(f"{name}: {licence}" for name, licence in sources.items())
         numbers = " | ".join(f"{counts[key]:,}" for key in ("images", "captions", "tokens"))

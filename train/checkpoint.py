@@ -139,6 +139,25 @@ def load_weights(folder: Path, step: int | None = None) -> tuple[ModelConfig, di
     return ModelConfig.load(folder / "model_config.json"), load_file(found[step]), step
 
 
+def load_initial_weights(model: PosMaskModel, run: str) -> None:
+    """Puts the weights of RUN or RUN@STEP into a new model; heads that the run lacks stay as they are.
+
+    Such are those of other objectives, and an answer head with another vocabulary. Raises ValueError for a run whose
+    model differs in more than its heads.
+    """
+    folder, at = parse_run(run)
+    config, weights, _ = load_weights(folder, at)
+    heads = [name for name in ("itm", "itc") if name not in set(config.objectives) & set(model.config.objectives)]
+    heads += ["vqa"] if config.answers != model.config.answers else []
+
+    def of_heads(values: dict[str, Tensor], kept: bool) -> dict[str, Tensor]:
+        return {name: value for name, value in values.items() if (name.split(".")[0] in heads) == kept}
+
+    weights = of_heads(weights, kept=False) | of_heads(model.state_dict(), kept=True)
+    check_names(folder, {name: tuple(p.shape) for name, p in model.named_parameters()}, weights, model)
+    model.load_state_dict(weights)
+
+
 def load_model(run: str, device: torch.device) -> tuple[PosMaskModel, int]:
     """The model of RUN or RUN@STEP in evaluation mode and fp32, and its step."""
     folder, at = parse_run(run)

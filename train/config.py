@@ -41,6 +41,7 @@ class ModelConfig:
     max_positions: int
     vocab_size: int = 0
     objectives: tuple[str, ...] = ("mlm",)  # decides which heads there are beside the MLM head
+    answers: tuple[str, ...] = ()  # the vocabulary of the answer head; without one there is no such head
     image_mean: tuple[float, ...] = IMAGE_MEAN
     image_std: tuple[float, ...] = IMAGE_STD
 
@@ -80,6 +81,12 @@ PRESETS = {
     "laptop": ModelConfig("laptop", 64, (1, 1, 1), 24, 192, 3, 2, 2, max_positions=256),
 }
 
+# What is not given on the command line: on two CPU cores, and on GPUs.
+SIZES = {
+    "laptop": {"steps": 800, "batch_size": 128, "lr": 1e-3},
+    "base": {"steps": 100_000, "batch_size": 512, "lr": 1e-4},
+}
+
 # Settings that may differ when a run is continued: where and how it runs, not what it computes.
 NOT_COMPARED = (
     "out", "cache", "resume", "micro_batch_size", "checkpoint_every", "keep_checkpoints", "log_every", "wandb",
@@ -88,7 +95,10 @@ NOT_COMPARED = (
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Settings of one pre-training run, as in `config.json`. Counts are global over all ranks."""
+    """Settings of one run, as in `config.json`; those that fine-tuning adds are in its subclass.
+
+    Counts are global over all ranks.
+    """
 
     mask: str
     objectives: tuple[str, ...]
@@ -134,24 +144,43 @@ class RunConfig:
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "captions_per_image", "maskings_per_caption", "log_every", "keep_checkpoints")
         for flag in counts:
-            _require(getattr(self, flag) >= 1, flag, getattr(self, flag), "at least 1")
+            require(getattr(self, flag) >= 1, flag, getattr(self, flag), "at least 1")
         for flag in ("warmup_steps", "checkpoint_every", "eval_every", "snapshots", "weight_decay", "grad_clip"):
-            _require(getattr(self, flag) >= 0, flag, getattr(self, flag), "0 (off) or more")
-        check_objectives(self.objectives, self.mask)
-        _require(self.eval_images >= 1, "eval_images", self.eval_images, "at least 1")
-        _require(self.lr > 0, "lr", self.lr, "above 0")
-        _require(0 <= self.blank_rate <= 1, "blank_rate", self.blank_rate, "within 0..1")
+            require(getattr(self, flag) >= 0, flag, getattr(self, flag), "0 (off) or more")
+        check_objectives(self.objectives, self.mask, self.learns_answers)
+        require(self.eval_images >= 1, "eval_images", self.eval_images, "at least 1")
+        require(self.lr > 0, "lr", self.lr, "above 0")
+        require(0 <= self.blank_rate <= 1, "blank_rate", self.blank_rate, "within 0..1")
         low, high = self.crop_scale
-        _require(0 < low <= high <= 1, "crop_scale", f"{low},{high}", "two shares of the area, 0 < low <= high <= 1")
-        _require(0 <= self.seed < 2**32, "seed", self.seed, "within 0..2^32-1")
+        require(0 < low <= high <= 1, "crop_scale", f"{low},{high}", "two shares of the area, 0 < low <= high <= 1")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "within 0..2^32-1")
         if self.compile and self.zero_stage == 3:
             raise ValueError("--compile with --zero-stage 3: its parameters come and go; use 0, 1 or 2")
         if self.micro_batch_size is not None:
-            _require(self.micro_batch_size >= 1, "micro_batch_size", self.micro_batch_size, "at least 1")
+            require(self.micro_batch_size >= 1, "micro_batch_size", self.micro_batch_size, "at least 1")
             if self.batch_size % self.micro_batch_size:
                 raise ValueError(
                     f"--batch-size {self.batch_size} is not a multiple of --micro-batch-size {self.micro_batch_size}"
                 )
+
+    @property
+    def learns_answers(self) -> bool:
+        """Whether questions are answered."""
+        return False
+
+    @property
+    def head_lr_scale(self) -> float:
+        """Learning rate of the answer head, relative to --lr."""
+        return 1.0
+
+    @property
+    def objective_weights(self) -> tuple[float, float, float, float]:
+        """Of mlm, itm, itc and vqa in the loss."""
+        return 1.0, 1.0, 1.0, 1.0
+
+    @property
+    def title(self) -> str:
+        return f"--mask {self.mask}"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -185,14 +214,14 @@ class RunConfig:
         ]
 
 
-def check_objectives(objectives: tuple[str, ...], mask: str) -> None:
+def check_objectives(objectives: tuple[str, ...], mask: str, learns_answers: bool) -> None:
     """Raises ValueError for objectives that are unknown, or that leave nothing to learn with this --mask."""
     given = f"--objectives {','.join(objectives)}"
     if unknown := [name for name in objectives if name not in OBJECTIVES]:
         raise ValueError(f"{given}: {unknown[0]!r} is unknown, choose from {', '.join(OBJECTIVES)}")
     if len(set(objectives)) < len(objectives):
         raise ValueError(f"{given}: names an objective twice")
-    if mask == "none" and not set(objectives) - {"mlm"}:
+    if mask == "none" and not set(objectives) - {"mlm"} and not learns_answers:
         raise ValueError(
             "--mask none leaves nothing to learn while masked language modelling is the only objective; choose an arm, "
             "or add an objective: --objectives mlm,itm"
@@ -218,22 +247,33 @@ def snapshot_steps(steps: int, count: int) -> list[int]:
 
 def parse_args(argv: list[str] | None, has_gpu: bool) -> RunConfig:
     """The command line of pretrain.py as a RunConfig. argparse exits with 2 on a malformed flag."""
-    parser = argparse.ArgumentParser(
-        prog="pretrain.py",
-        description="Pre-train a vision-language model while masking one part of speech.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("pretrain.py", "Pre-train a vision-language model while masking one part of speech.", SIZES)
     parser.add_argument("--mask", required=True, help="masking arm, e.g. noun, noun,propn, random, matched:noun")
+    args = parser.parse_args(argv)
+    args.data = args.data or ["data/scenes/train"]
+    args.preset = args.preset or ("base" if has_gpu else "laptop")
+    args.out = args.out or f"runs/{arm_slug(args.mask)}"
+    return RunConfig(**settings(args, SIZES, has_gpu))
+
+
+def make_parser(prog: str, description: str, sizes: dict[str, dict[str, float]]) -> argparse.ArgumentParser:
+    """The flags that all training has; sizes: the defaults of a preset, for --help."""
+
+    def both(flag: str) -> str:
+        return "; ".join(f"{preset}: {values[flag]:g}" for preset, values in sizes.items())
+
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--list-masks", action=_ListMasks, help="print the masking arms and exit")
 
     data = parser.add_argument_group("data")
-    data.add_argument("--data", action="append",
-                      help="folder or URL of training shards; may be repeated (data/scenes/train)")
+    data.add_argument("--data", action="append", help="folder or URL of training shards; may be repeated")
     data.add_argument("--val", help="validation shards (the folder `val` beside the first --data)")
     data.add_argument("--cache", help="local disk where shards at URLs are kept, all that this machine reads of them "
                       "($XDG_CACHE_HOME/posmask or ~/.cache/posmask)")
-    data.add_argument("--captions-per-image", type=int, default=1, help="captions drawn for each image of a step")
+    data.add_argument("--captions-per-image", type=int, default=1,
+                      help="captions (or questions) drawn for each image of a step")
     data.add_argument("--maskings-per-caption", type=int, default=1, help="times that a step masks each caption anew")
     data.add_argument("--blank-rate", type=float, default=0.1, help="share of samples shown with a blank image")
     data.add_argument("--crop-scale", type=_floats(2), default=(0.9, 1.0), help="area of the random crop: LOW,HIGH")
@@ -255,10 +295,10 @@ def parse_args(argv: list[str] | None, has_gpu: bool) -> RunConfig:
 
     train = parser.add_argument_group("training")
     train.add_argument("--preset", choices=tuple(PRESETS), help="model size (base on a GPU, laptop on a CPU)")
-    train.add_argument("--steps", type=int, help="optimizer steps (laptop: 800; base: 100000)")
-    train.add_argument("--batch-size", type=int, help="images a step over all ranks (laptop: 128; base: 512)")
+    train.add_argument("--steps", type=int, help=f"optimizer steps ({both('steps')})")
+    train.add_argument("--batch-size", type=int, help=f"images a step over all ranks ({both('batch_size')})")
     train.add_argument("--micro-batch-size", type=int, help="images of one forward on one rank (all of its share)")
-    train.add_argument("--lr", type=float, help="peak learning rate (laptop: 1e-3; base: 1e-4)")
+    train.add_argument("--lr", type=float, help=f"peak learning rate ({both('lr')})")
     train.add_argument("--warmup-steps", type=int, help="steps of linear warm-up (5 %% of the steps)")
     train.add_argument("--weight-decay", type=float, default=0.01)
     train.add_argument("--grad-clip", type=float, default=1.0, help="largest gradient norm; 0 turns clipping off")
@@ -272,7 +312,7 @@ def parse_args(argv: list[str] | None, has_gpu: bool) -> RunConfig:
     train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
 
     run = parser.add_argument_group("run")
-    run.add_argument("--out", help="run folder (runs/<arm>)")
+    run.add_argument("--out", help="run folder (named after the arm, in runs)")
     run.add_argument("--resume", default="auto", help="auto: continue an unfinished run; never; or a RUN[@STEP]")
     run.add_argument("--checkpoint-every", type=int, default=200, help="steps between checkpoints; 0: only at the end")
     run.add_argument("--keep-checkpoints", type=int, default=2, help="newest checkpoints kept")
@@ -281,25 +321,21 @@ def parse_args(argv: list[str] | None, has_gpu: bool) -> RunConfig:
     run.add_argument("--snapshots", type=int, default=20, help="log-spaced steps whose weights are kept")
     run.add_argument("--log-every", type=int, default=10, help="steps between lines of metrics.jsonl")
     run.add_argument("--wandb", action="store_true", help="log to Weights & Biases too: pip install 'posmask[wandb]'")
-    args = parser.parse_args(argv)
+    return parser
 
-    preset = args.preset or ("base" if has_gpu else "laptop")
-    large = preset == "base"
-    steps = args.steps if args.steps is not None else (100_000 if large else 800)
-    values = vars(args) | {
-        "preset": preset,
-        "data": tuple(args.data or ["data/scenes/train"]),
-        "out": args.out or f"runs/{arm_slug(args.mask)}",
-        "steps": steps,
-        "batch_size": args.batch_size if args.batch_size is not None else (512 if large else 128),
-        "lr": args.lr if args.lr is not None else (1e-4 if large else 1e-3),
-        "warmup_steps": args.warmup_steps if args.warmup_steps is not None else steps // 20,
-        "dtype": args.dtype if args.dtype != "auto" else ("bf16" if has_gpu else "fp32"),
-    }
+
+def settings(args: argparse.Namespace, sizes: dict[str, dict[str, float]], has_gpu: bool) -> dict:
+    """The fields of a RunConfig; what was not given is as large as the preset."""
+    values = vars(args) | {"data": tuple(args.data)}
+    values |= {flag: default for flag, default in sizes[args.preset].items() if values[flag] is None}
+    if values["warmup_steps"] is None:
+        values["warmup_steps"] = values["steps"] // 20
+    if values["dtype"] == "auto":
+        values["dtype"] = "bf16" if has_gpu else "fp32"
     if values["val"] is None:
         values["val"] = beside(values["data"][0], "val")
     del values["local_rank"], values["list_masks"]
-    return RunConfig(**values)
+    return values
 
 
 class _ListMasks(argparse.Action):
@@ -333,6 +369,7 @@ def _floats(count: int):
     return parse
 
 
-def _require(condition: bool, flag: str, value, rule: str) -> None:
+def require(condition: bool, flag: str, value, rule: str) -> None:
+    """Raises ValueError, naming the flag, where `condition` is false."""
     if not condition:
         raise ValueError(f"--{flag.replace('_', '-')} {value}: must be {rule}")

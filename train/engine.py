@@ -18,6 +18,7 @@ from torch import Tensor
 
 from posmask.train.config import RunConfig
 from posmask.train.decode import num_cores
+from posmask.train.model import PosMaskModel
 
 # Read when deepspeed is imported; without it, it warns that it found no GPU.
 if not torch.cuda.is_available():
@@ -127,7 +128,7 @@ def _merge(base: dict, over: dict) -> dict:
     return merged
 
 
-def make_engine(model: torch.nn.Module, config: RunConfig, settings: dict, device: torch.device):
+def make_engine(model: PosMaskModel, config: RunConfig, settings: dict, device: torch.device):
     """Wraps `model` in a DeepSpeed engine with AdamW; no decay on biases, norms and one-dimensional parameters."""
     import deepspeed
 
@@ -136,9 +137,13 @@ def make_engine(model: torch.nn.Module, config: RunConfig, settings: dict, devic
         if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
             raise ValueError("--compile: there is no C++ compiler, without which torch compiles nothing for a CPU")
         model.image.compile()
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    kept = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    head = set() if model.vqa is None else set(model.vqa.parameters())
+    groups = [
+        {"params": params, "weight_decay": weight_decay, "lr_scale": lr_scale}
+        for in_head, lr_scale in ((False, 1.0), (True, config.head_lr_scale))
+        for is_decayed, weight_decay in ((True, config.weight_decay), (False, 0.0))
+        if (params := [p for p in model.parameters() if (p in head) == in_head and (p.ndim > 1) == is_decayed])
+    ]
     # The loop sets the learning rate. A client optimizer: an "optimizer" section would compile FusedAdam.
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-6, fused=True)
     if "bf16" not in settings and settings["zero_optimization"]["stage"] == 0:
@@ -159,7 +164,7 @@ def _clip(optimizer: torch.optim.Optimizer, grad_clip: float) -> None:
 
 def set_learning_rate(engine, lr: float) -> None:
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
 
 
 def average_batch_norm(model: torch.nn.Module, world: World) -> None:

@@ -50,10 +50,12 @@ class Batch:
     max_image_tokens: int  # most text tokens of one image
     num_bad_samples: int  # left out because they are damaged or their image could not be decoded
     epoch: int
+    answer_scores: Tensor | None = None  # (C, A) float32 where captions are questions: what each answer is worth
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
         """Tensors on `device`, images in `dtype`; nothing waits."""
-        names = ("tokens", "tags", "scores", "caption_starts", "caption_image", "caption_key")
+        names = ["tokens", "tags", "scores", "caption_starts", "caption_image", "caption_key"]
+        names += ["answer_scores"] if self.answer_scores is not None else []
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         return replace(self, **moved, images=self.images.to(device, dtype, non_blocking=True))
 
@@ -157,13 +159,13 @@ class Collator:
 
     def __init__(
         self, view: View, num_scores: int, max_images: int, decode: str, device: torch.device,
-        on_bad_sample: str = "stop",
+        on_bad_sample: str = "stop", answers: tuple[str, ...] = (),
     ):  # fmt: skip
         """on_bad_sample: stop (BadSample), or skip a sample that is damaged or whose image cannot be decoded.
 
         A skipped sample leaves its batch with all its captions, so what is learned from the others stays as it was and
         the step's count of masked tokens, over which the loss is averaged, has those that are there. It is decided by
-        the sample alone, hence the same on any number of ranks.
+        the sample alone, hence the same on any number of ranks. answers: the vocabulary, where captions are questions.
         """
         assert on_bad_sample in ("stop", "skip")
         self.view = view
@@ -171,6 +173,7 @@ class Collator:
         self.named: set[str] = set()  # bad samples that stderr has named
         self.num_scores = num_scores
         self.device = device
+        self.answer_index = {answer: i for i, answer in enumerate(answers)}
         self.decoder = make_decoder(decode, view.image_size, max_images, device)
         # (S * 3,), a row of pixels: broadcast over the three channels alone, nothing would be vectorised.
         mean, std = (torch.tensor(x).repeat(view.image_size) for x in (view.image_mean, view.image_std))
@@ -184,7 +187,7 @@ class Collator:
             self._leave_out(error, num_left=num_given - len(bad))
         samples, images = self.decode_images([s for s in samples if not isinstance(s, BadSample)], epoch)
         ids = np.array([sample["id"] for sample in samples], np.uint64)
-        tokens, tags, scores, lengths, caption_image, caption_words = [], [], [], [], [], []
+        tokens, tags, scores, lengths, caption_image, caption_words, answers = [], [], [], [], [], [], []
         chosen = self._draw_captions(samples, ids, epoch)
         for i, sample in enumerate(samples):
             starts = np.concatenate([[0], np.cumsum(sample["caption_lengths"], dtype=np.int64)])
@@ -197,6 +200,8 @@ class Collator:
                 lengths.append(span.stop - span.start)
                 caption_image.append(i)
                 caption_words.append(caption | masking << 16)
+                if self.answer_index:
+                    answers.append(sample["answers"][caption])
         caption_starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         host_tags = np.concatenate(tags)
         num_tokens = len(host_tags)
@@ -215,6 +220,7 @@ class Collator:
             max_image_tokens=int(np.bincount(caption_image, lengths).max()),
             num_bad_samples=num_given - len(samples),
             epoch=epoch,
+            answer_scores=self._answer_scores(answers) if self.answer_index else None,
         )
 
     def _leave_out(self, error: BadSample, num_left: int) -> None:
@@ -224,6 +230,14 @@ class Collator:
         if error.what not in self.named:
             self.named.add(error.what)
             log.warning("--on-bad-sample skip: %s", error.what)
+
+    def _answer_scores(self, answers: list[dict[str, float]]) -> Tensor:
+        """(C, A) float32; answers outside the vocabulary are left out."""
+        scores = torch.zeros(len(answers), len(self.answer_index))
+        for row, given in zip(scores, answers, strict=True):
+            for answer in given.keys() & self.answer_index.keys():
+                row[self.answer_index[answer]] = given[answer]
+        return scores
 
     def _draw_captions(self, samples: list[dict], ids: np.ndarray, epoch: int) -> list[list[int]]:
         """min(K, available) captions of each sample, without replacement, in their stored order."""

@@ -14,13 +14,10 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from posmask.kernels.mask_tokens import MaskedTokens
 from posmask.kernels.masked_lm_loss import NUM_BINS, MaskedLMLoss
 from posmask.prep.pos import UPOS
 from posmask.train.engine import World
-from posmask.train.loader import Batch
-from posmask.train.model import MatchLoss
-from posmask.train.objectives import Losses
+from posmask.train.objectives import Losses, MicroBatch
 
 COUNTERS = ("images", "captions", "tokens", "masked_tokens", "bad_samples")
 
@@ -51,16 +48,16 @@ class LossSums:
 
 
 class MatchSums:
-    """Loss, hits and counts of itm and itc, summed on the device over steps, ranks and batches."""
+    """Loss, hits and counts of itm, itc and vqa, summed on the device over steps, ranks and batches."""
 
-    NAMES = ("itm", "itc")
+    NAMES = ("itm", "itc", "vqa")
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(len(self.NAMES), 3, dtype=torch.float64, device=device)
 
-    def add(self, *losses: MatchLoss | None) -> None:
-        for row, of_one in zip(self.sums, losses, strict=True):
-            if of_one is not None:
+    def add(self, losses: Losses) -> None:
+        for row, name in zip(self.sums, self.NAMES, strict=True):
+            if (of_one := getattr(losses, name)) is not None:
                 row += torch.stack([value.detach() for value in of_one]).double()
 
     def reduce(self, world: World) -> dict:
@@ -96,14 +93,15 @@ class Window:
         yield
         self.wait_s += time.monotonic() - since_s
 
-    def add(self, batch: Batch, masked: MaskedTokens, losses: Losses) -> None:
+    def add(self, micro: MicroBatch, losses: Losses) -> None:
         self.losses.add(losses.mlm)
-        self.matches.add(losses.itm, losses.itc)
-        self.overflow += masked.overflow
-        self.done["images"] += len(batch.sample_ids)
-        self.done["captions"] += batch.caption_image.numel()
-        self.done["tokens"] += batch.tokens.numel()
-        self.done["bad_samples"] += batch.num_bad_samples
+        self.matches.add(losses)
+        self.overflow += micro.masked.overflow
+        for batch in micro.batches:
+            self.done["images"] += len(batch.sample_ids)
+            self.done["captions"] += batch.caption_image.numel()
+            self.done["tokens"] += batch.tokens.numel()
+            self.done["bad_samples"] += batch.num_bad_samples
 
     def _stop_clock(self) -> None:
         now_s = time.monotonic()

@@ -265,8 +265,28 @@ class ContrastHead(nn.Module):
         return MatchLoss((weight * (to_image + to_text)).sum() / 2, hits.sum().detach(), weight.sum())
 
 
+class AnswerHead(nn.Sequential):
+    """Scores the answers of a vocabulary from the fused [CLS] of a question: (C, D) -> (C, A)."""
+
+    def __init__(self, config: ModelConfig):
+        hidden = 2 * config.width
+        super().__init__(
+            nn.Linear(config.width, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, len(config.answers))
+        )
+
+    @staticmethod
+    def loss(logit: Tensor, scores: Tensor) -> MatchLoss:
+        """Binary cross-entropy to soft targets, summed over questions and answers; logit, scores (C, A).
+
+        Its hits are the scores of the best answers: VQA accuracy.
+        """
+        best = scores.gather(1, logit.argmax(1, keepdim=True))
+        loss = F.binary_cross_entropy_with_logits(logit, scores, reduction="sum")
+        return MatchLoss(loss, best.sum().detach(), scores.new_tensor(float(len(scores))))
+
+
 class PosMaskModel(nn.Module):
-    """Image encoder, text encoder, fusion encoder, MLM head, and the heads of the other objectives."""
+    """Image encoder, text encoder, fusion encoder, MLM head, and the heads of other objectives and of fine-tuning."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -279,6 +299,7 @@ class PosMaskModel(nn.Module):
         self.head = MLMHead(config)
         self.itm = MatchHead(config) if "itm" in config.objectives else None
         self.itc = ContrastHead(config) if "itc" in config.objectives else None
+        self.vqa = AnswerHead(config) if config.answers else None
         # BERT's 0.02 at its width of 768; a narrower model needs more, or its attention begins as a plain average.
         std = 0.02 * (768 / config.width) ** 0.5
         for name, module in self.named_modules():
@@ -286,6 +307,9 @@ class PosMaskModel(nn.Module):
                 nn.init.normal_(module.weight, std=std)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
+        if self.vqa is not None:
+            # One answer of A is right: the head begins there (arXiv 1708.02002, section 4.1), not at every second one.
+            nn.init.constant_(self.vqa[-1].bias, -math.log(len(config.answers)))
 
     def encode_text(self, tokens: Tensor, packing: Packing) -> Tensor:
         """tokens (T,) int32 -> (T, D), before any image is seen."""
@@ -328,12 +352,22 @@ class PosMaskModel(nn.Module):
         """(M, D) of fused text -> (M, V), for evaluations that want more than the loss."""
         return F.linear(self.head.transform(rows_MD), self.embeddings.word_embeddings.weight, self.head.bias)
 
-    def forward(self, batch, masked, bins: Tensor | None, pairs=None, with_reward: bool = False):
-        """The masked-LM loss; with `pairs` or a reward (mlm, itm, itc, reward), None for what there is none of.
+    def answer(
+        self, text_TD: Tensor, packing: Packing, image_BND: Tensor, caption_image: Tensor,
+        max_image_tokens: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """(C, A) fp32 logits of the answers to C questions, whose tokens are (T, D); the rest as in `fuse`."""
+        first = packing.starts[:-1].long()
+        cls_CD = self.fuse(text_TD, packing, image_BND, caption_image, first, max_image_tokens=max_image_tokens)
+        return self.vqa(cls_CD).float()
+
+    def forward(self, batch, masked, bins: Tensor | None, pairs=None, with_reward: bool = False, questions=None):
+        """The masked-LM loss; with more to learn (mlm, itm, itc, vqa, reward), None for what there is none of.
 
         batch: `loader.Batch` on the device; masked: `MaskedTokens` of it; bins (M,): POS of each masked row;
-        pairs: `objectives.Pairs` of it. The reward (17,) float32 is the sum over the masked tokens of each bin of how
-        much they take from the image, relative to the most in their caption.
+        pairs: `objectives.Pairs` of it; questions: a batch to answer, this one or another. The reward (17,) float32 is
+        the sum over the masked tokens of each bin of how much they take from the image, relative to the most in their
+        caption.
         """
         index, targets = masked.index, masked.targets
         if not index.is_cuda:  # the host knows the count: leave the spare rows out, all but one if none is live
@@ -342,6 +376,16 @@ class PosMaskModel(nn.Module):
             bins = None if bins is None else bins[:num_rows]
         packing = Packing.of(batch.caption_starts, batch.tokens.numel(), batch.max_caption_tokens)
         image_BND = self.image(batch.images)
+        vqa = None
+        if questions is batch:
+            vqa = self.answer_loss(batch, packing, image_BND)
+        elif questions is not None:
+            of_questions = Packing.of(questions.caption_starts, questions.tokens.numel(), questions.max_caption_tokens)
+            vqa = self.answer_loss(questions, of_questions, self.image(questions.images))
+        if vqa is not None and "mlm" not in self.config.objectives:
+            # One spare row: the text need not pass again, and the MLM head has its gradient of zero.
+            mlm = self.predict(image_BND[0, :1], targets[:1], masked.num_masked, bins[:1])
+            return mlm, None, None, vqa, None
         text_TD = self.encode_text(masked.tokens, packing)
         looks = [] if with_reward else None
         rows_MD = self.fuse(
@@ -349,12 +393,18 @@ class PosMaskModel(nn.Module):
             in_order=True,
         )  # fmt: skip
         mlm = self.predict(rows_MD, targets, masked.num_masked, bins)
-        if pairs is None and not with_reward:
+        if pairs is None and vqa is None and not with_reward:
             return mlm
         itm, itc = (None, None) if pairs is None else self.match(batch, packing, image_BND, pairs)
         num_captions = packing.starts.numel() - 1
         reward = _reward(looks[0], packing.caption[index], num_captions, targets >= 0, bins) if with_reward else None
-        return mlm, itm, itc, reward
+        return mlm, itm, itc, vqa, reward
+
+    def answer_loss(self, batch, packing: Packing, image_BND: Tensor) -> MatchLoss:
+        """The loss of the answers to questions without masks."""
+        text_TD = self.encode_text(batch.tokens, packing)
+        logit = self.answer(text_TD, packing, image_BND, batch.caption_image, batch.max_image_tokens)
+        return self.vqa.loss(logit, batch.answer_scores)
 
     def match(self, batch, packing: Packing, image_BND: Tensor, pairs) -> tuple[MatchLoss | None, MatchLoss | None]:
         """The losses of itm and itc, on captions without masks."""

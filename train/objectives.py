@@ -1,4 +1,4 @@
-"""The training objectives: masked language modelling, image-text matching (itm) and image-text contrast (itc).
+"""The objectives: masked language modelling, image-text matching (itm) and contrast (itc), question answering (vqa).
 
 Matching shows each caption its own image and a wrong one: that of a caption of the batch which shares many words with
 it, so that telling them apart takes more than a glance (hard negatives as in ALBEF, arXiv 2107.07651, whose similarity
@@ -9,6 +9,7 @@ one wrong word alone would be learned late.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from posmask.kernels.mask_tokens import MaskedTokens, mask_tokens
 from posmask.kernels.masked_lm_loss import NUM_BINS, MaskedLMLoss, lowest_bit
 from posmask.prep.pos import MASKABLE, UPOS_BIT, WORD_START
 from posmask.train.capacity import capacity
+from posmask.train.config import RunConfig
 from posmask.train.loader import Batch
 from posmask.train.model import MatchLoss
 
@@ -40,17 +42,30 @@ class Pairs(NamedTuple):
     num_shown: Tensor  # () float32, captions whose image is not blank
 
 
+class MicroBatch(NamedTuple):
+    """What one forward learns from."""
+
+    batches: tuple[Batch, ...]  # questions, then what is masked; one where both are the same, or there are no questions
+    masked: MaskedTokens  # of the last
+    pairs: Pairs | None  # of the last; None without itm and itc
+
+    @property
+    def questions(self) -> Batch | None:
+        return self.batches[0] if self.batches[0].answer_scores is not None else None
+
+
 class Losses(NamedTuple):
     """Of one micro-batch; None for an objective without a head."""
 
     mlm: MaskedLMLoss
     itm: MatchLoss | None = None
     itc: MatchLoss | None = None
+    vqa: MatchLoss | None = None
     reward: Tensor | None = None  # (17,) float32, see `PosMaskModel.forward`
 
     def scaled_sum(self, counts: Tensor, factor: float) -> Tensor:
-        """The sum of the objectives' means: each loss_sum over its global count (3,), times `factor`."""
-        parts = zip(self[:3], counts, strict=True)
+        """The sum of the objectives' means: each loss_sum over its global count (4,), times `factor`."""
+        parts = zip(self[:4], counts, strict=True)
         return sum(losses.loss_sum * (factor / count) for losses, count in parts if losses is not None)
 
 
@@ -70,14 +85,27 @@ def masked_lm(model: torch.nn.Module, batch: Batch, masked: MaskedTokens) -> Mas
     return model(batch, masked, lowest_bit(batch.tags.index_select(0, masked.index)))
 
 
-def all_losses(
-    model: torch.nn.Module, batch: Batch, masked: MaskedTokens, pairs: Pairs | None, with_reward: bool = False
-) -> Losses:
-    """Losses of every objective; pairs: None if masked language modelling is the only one."""
-    if pairs is None and not with_reward:
-        return Losses(masked_lm(model, batch, masked))
-    bins = lowest_bit(batch.tags.index_select(0, masked.index))
-    return Losses(*model(batch, masked, bins, pairs, with_reward))
+def prepare(
+    batches: Sequence[Batch], plan: MaskPlan | MaskMix, config: RunConfig, vocab_size: int,
+    bit_weights: Tensor | None = None,
+) -> MicroBatch:  # fmt: skip
+    """Draws what is masked and what is paired; batches as in `MicroBatch`."""
+    *_, batch = batches
+    has_pairs = bool({"itm", "itc"} & set(config.objectives))
+    return MicroBatch(
+        tuple(batches),
+        mask_batch(batch, plan, config.seed, bit_weights),
+        pair_batch(batch, vocab_size, config.seed) if has_pairs else None,
+    )
+
+
+def all_losses(model: torch.nn.Module, micro: MicroBatch, with_reward: bool = False) -> Losses:
+    """Losses of every objective."""
+    *_, batch = micro.batches
+    if micro.pairs is None and micro.questions is None and not with_reward:
+        return Losses(masked_lm(model, batch, micro.masked))
+    bins = lowest_bit(batch.tags.index_select(0, micro.masked.index))
+    return Losses(*model(batch, micro.masked, bins, micro.pairs, with_reward, micro.questions))
 
 
 def pair_batch(batch: Batch, vocab_size: int, seed: int) -> Pairs:
@@ -141,8 +169,11 @@ def foil_captions(batch: Batch, caption: Tensor, position: Tensor, seed: int) ->
     return foil, is_foil.scatter_reduce_(0, caption, (foil != batch.tokens).int(), "amax") > 0
 
 
-def counts(masked: list[MaskedTokens], pairs: list[Pairs | None]) -> Tensor:
-    """(3,) float32: what the losses of these micro-batches are to be divided by, once summed over the ranks."""
-    num_masked = torch.stack([m.num_masked for m in masked]).sum().float()
-    found = [torch.stack([2 * (p.weight + p.foil_weight).sum(), p.num_shown]) for p in pairs if p is not None]
-    return torch.cat([num_masked[None], torch.stack(found).sum(0) if found else num_masked.new_zeros(2)])
+def counts(micro: list[MicroBatch]) -> Tensor:
+    """(4,) float32: what the losses of these micro-batches are to be divided by, once summed over the ranks."""
+    num_masked = torch.stack([one.masked.num_masked for one in micro]).sum().float()
+    paired = [one.pairs for one in micro if one.pairs is not None]
+    found = [torch.stack([2 * (p.weight + p.foil_weight).sum(), p.num_shown]) for p in paired]
+    num_questions = sum(q.caption_image.numel() for one in micro if (q := one.questions) is not None)
+    pairs = torch.stack(found).sum(0) if found else num_masked.new_zeros(2)
+    return torch.cat([num_masked[None], pairs, num_masked.new_full((1,), float(num_questions))])

@@ -13,10 +13,12 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -37,117 +39,172 @@ from posmask.train.engine import (
 from posmask.train.loader import Batch, Collator, Loader, Shards, View, evaluation_batches
 from posmask.train.masking import Masking, parse_mask
 from posmask.train.model import PosMaskModel
-from posmask.train.objectives import Pairs, all_losses, counts, mask_batch, masked_lm, pair_batch
-from posmask.train.policy import POLICIES
+from posmask.train.objectives import MicroBatch, all_losses, counts, mask_batch, prepare
+from posmask.train.policy import POLICIES, Policy
 from posmask.train.remote import Unavailable
 from posmask.train.weights import load_image_weights, load_text_weights
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with."""
+
+    data: tuple[Shards, ...]  # questions, if there are any, then what is masked; one where both are the same
+    model_config: ModelConfig
+    load_weights: Callable[[PosMaskModel], None]  # puts the first weights into a new model
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run, as the loop and its warm-up use them."""
+
+    config: RunConfig
+    world: World
+    folder: Path
+    data: tuple[Shards, ...]
+    collates: tuple[Collator, ...]  # one for each of data
+    masking: Masking
+    engine: DeepSpeedEngine
+    policy: Policy
+    validate: Callable | None
+
+    def prepare(self, batches: Sequence[Batch], progress: float) -> MicroBatch:
+        """Moves batches, one of each of data, to the device and masks them."""
+        moved = [batch.to(self.world.device, self.config.torch_dtype) for batch in batches]
+        plan, vocab_size = self.masking.at(progress), self.engine.module.config.vocab_size
+        return prepare(moved, plan, self.config, vocab_size, self.policy.bit_weights)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line `argv`; 0 when done, 2 on wrong usage or input."""
+    return run_command("pretrain", partial(parse_args, argv), from_preset)
+
+
+def run_command(name: str, parse: Callable[[bool], RunConfig], begin: Callable[[RunConfig], Start]) -> int:
+    """A training command: parses its flags, joins the other ranks and trains."""
     try:
-        config = parse_args(argv, torch.cuda.is_available())
+        config = parse(torch.cuda.is_available())
         world = start_processes()
         with StopSignal() as stop:
-            return pretrain(config, world, stop)
+            return train(config, world, stop, begin)
     except ValueError as error:
         # What is wrong with the settings is wrong on every rank: one of them says it.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, (BadSample, Unavailable)):
-            print(f"pretrain: {error}", file=sys.stderr)
+            print(f"{name}: {error}", file=sys.stderr)
         return 2
 
 
-def pretrain(config: RunConfig, world: World, stop: StopSignal) -> int:
+def from_preset(config: RunConfig) -> Start:
+    """A new model of --preset, with weights of BERT or of open_clip where files are given."""
+    shards = Shards(config.data, config.cache)
+
+    def load_weights(model: PosMaskModel) -> None:
+        if config.text_weights:
+            load_text_weights(model, config.text_weights)
+        if config.image_weights:
+            load_image_weights(model, config.image_weights)
+
+    return Start((shards,), make_model_config(config, shards), load_weights)
+
+
+def train(config: RunConfig, world: World, stop: StopSignal, begin: Callable[[RunConfig], Start]) -> int:
     """One run: prepare, train, export. Raises ValueError for what the user can mend, before anything is written."""
-    run = Path(config.out)
+    folder = Path(config.out)
     if config.wandb and find_spec("wandb") is None:
         raise ValueError("--wandb: the package is not installed; pip install 'posmask[wandb]'")
-    source = find_resume(config, run)
+    source = find_resume(config, folder)
     if source == "complete":
-        say(world, f"{run} is already complete ({config.steps} steps); choose another --out to train it again")
+        say(world, f"{folder} is already complete ({config.steps} steps); choose another --out to train it again")
         return 0
     micro_batch_size, accumulation = config.micro_batches(world.size)
-    settings = deepspeed_settings(config, micro_batch_size, accumulation)
-    shards = Shards(config.data, config.cache)
-    if len(shards) < config.batch_size:
-        raise ValueError(f"--data has {len(shards)} images, fewer than --batch-size {config.batch_size}")
-    masking = make_masking(config, shards)
-    model_config = make_model_config(config, shards)
+    deepspeed = deepspeed_settings(config, micro_batch_size, accumulation)
+    start = begin(config)
+    for shards in start.data:
+        if len(shards) < config.batch_size:
+            where = f"--data {' '.join(shards.folders)}" if len(start.data) > 1 else "--data"
+            raise ValueError(f"{where} has {len(shards)} images, fewer than --batch-size {config.batch_size}")
+    masking = make_masking(config, start.data[-1])
+    model_config = start.model_config
     torch.manual_seed(config.seed)  # the initial weights; everything else is drawn from counters
     model = PosMaskModel(model_config)
-    if config.text_weights:
-        load_text_weights(model, config.text_weights)
-    if config.image_weights:
-        load_image_weights(model, config.image_weights)
+    start.load_weights(model)
     if source is not None:
         check_same_model(source, model_config)
     view = View(
         config.seed, model_config.image_size, model_config.image_mean, model_config.image_std,
         config.captions_per_image, config.blank_rate, config.crop_scale, config.maskings_per_caption,
     )  # fmt: skip
-    validate = make_validation(config, world, view, shards, micro_batch_size)
-    num_scores = len(shards.manifest.scores)
-    collate = Collator(view, num_scores, micro_batch_size, config.decode, world.device, config.on_bad_sample)
-    prepare_run_folder(run, config, model_config, shards, world)
+    # Questions come first; what is masked beside them is not answered.
+    vocabularies = (model_config.answers, *[()] * (len(start.data) - 1))
+    make_collate = partial(make_collator, config, world, micro_batch_size)
+    validate = make_validation(config, world, view, start, make_collate, micro_batch_size)
+    collates = tuple(make_collate(view, *pair) for pair in zip(start.data, vocabularies, strict=True))
+    prepare_run_folder(folder, config, start, world)
 
-    engine = make_engine(model, config, settings, world.device)
+    engine = make_engine(model, config, deepspeed, world.device)
     policy = POLICIES[masking.policy](world.device)
+    run = Run(config, world, folder, start.data, collates, masking, engine, policy, validate)
     state = {"step": 0, "counters": {}, "policy": policy.state()}
     if source is not None:
-        warm = partial(warm_up, engine, config, shards, collate, masking.at(0.0), policy.bit_weights)
-        state = checkpoint.restore(engine, source, warm)
+        state = checkpoint.restore(engine, source, partial(warm_up, run))
         policy.restore(state.get("policy", {}))  # checkpoints from before there were policies had none to keep
-    say(world, describe_start(config, world, shards, model, state["step"]))
-    loader = Loader(
-        shards, collate, seed=config.seed, batch_size=config.batch_size, micro_batch_size=micro_batch_size,
-        rank=world.rank, world_size=world.size, start_step=state["step"], num_steps=config.steps,
-    )  # fmt: skip
-    log = metrics.MetricsLog(run, world, state["counters"], state["step"], config.wandb)
-    try:
-        finished = train(
-            config, world, engine, loader, masking, policy, accumulation, log, validate, run, state["step"], stop
+    say(world, describe_start(config, world, start.data, model, state["step"]))
+    loaders = [
+        Loader(
+            shards, collate, seed=config.seed, batch_size=config.batch_size, micro_batch_size=micro_batch_size,
+            rank=world.rank, world_size=world.size, start_step=state["step"], num_steps=config.steps,
         )
+        for shards, collate in zip(start.data, collates, strict=True)
+    ]  # fmt: skip
+    log = metrics.MetricsLog(folder, world, state["counters"], state["step"], config.wandb)
+    try:
+        finished = loop(run, zip(*loaders, strict=True), log, state["step"], stop)
     finally:
-        loader.close()
+        for loader in loaders:
+            loader.close()
         log.close()
     if not finished:
-        say(world, f"stopped by SIGTERM; the same command continues {run}")
+        say(world, f"stopped by SIGTERM; the same command continues {folder}")
         return 0
-    checkpoint.export(engine, world, run)
+    checkpoint.export(engine, world, folder)
     if world.is_main:
-        write_card(run, config, shards)
-    say(world, f"{run}: done. Next: python eval/run.py probe --checkpoint {run}")
+        write_card(folder, config, start.data)
+    following = "vqa" if config.learns_answers else "probe"
+    say(world, f"{folder}: done. Next: python eval/run.py {following} --checkpoint {folder}")
     return 0
 
 
-def train(
-    config, world, engine, loader, masking, policy, accumulation, log, validate, run, start_step, stop
+def loop(
+    run: Run, batches: Iterator[tuple[Batch, ...]], log: metrics.MetricsLog, start_step: int, stop: StopSignal
 ) -> bool:
-    """The loop over steps start_step + 1 … config.steps; false if SIGTERM ended it early."""
-    batches = iter(loader)
-    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    """Steps start_step + 1 … config.steps; false if SIGTERM ended it early."""
+    config, world, engine, policy = run.config, run.world, run.engine, run.policy
+    _, accumulation = config.micro_batches(world.size)
+    weights = torch.tensor(config.objective_weights, device=world.device)
     window = metrics.Window(world)
     snapshots = set(snapshot_steps(config.steps, config.snapshots))
     stopping = False
     with metrics.progress_bar(world.is_main and sys.stderr.isatty()) as bar:
-        task = bar.add_task(config.mask, total=config.steps, completed=start_step, line="")
+        task = bar.add_task(config.title, total=config.steps, completed=start_step, line="")
         for step in range(start_step + 1, config.steps + 1):
+            progress = (step - 1) / config.steps
             with window.waiting():
-                micro = [next(batches).to(world.device, dtype) for _ in range(accumulation)]
+                taken = [next(batches) for _ in range(accumulation)]
 
             # All micro-batches are masked first, so that each is scaled by the count of the whole step.
-            plan = masking.at((step - 1) / config.steps)
-            masked = [mask_batch(batch, plan, config.seed, policy.bit_weights) for batch in micro]
-            paired = [make_pairs(batch, config, engine) for batch in micro]
-            divisors = world.sum(counts(masked, paired)).clamp_(min=1)
+            micro = [run.prepare(several, progress) for several in taken]
+            divisors = world.sum(counts(micro)).clamp_(min=1) / weights
             set_learning_rate(engine, learning_rate(config, step - 1))
             of_step = []
-            for batch, mask, pairs in zip(micro, masked, paired, strict=True):
-                losses = all_losses(engine, batch, mask, pairs, policy.wants_reward)
+            for one in micro:
+                losses = all_losses(engine, one, policy.wants_reward)
                 # DeepSpeed averages over ranks and accumulation steps; ours are sums over the whole step.
                 engine.backward(losses.scaled_sum(divisors, world.size * accumulation))
                 engine.step()
-                window.add(batch, mask, losses)
+                window.add(one, losses)
                 of_step.append(losses)
             policy.update(of_step, world)
 
@@ -163,25 +220,18 @@ def train(
                     print(f"step {step}/{config.steps} {metrics.describe(values)}", flush=True)
             if step in snapshots:
                 with window.paused():
-                    checkpoint.save_snapshot(engine, world, run, step)
-            if validate and (last or (config.eval_every and step % config.eval_every == 0)):
+                    checkpoint.save_snapshot(engine, world, run.folder, step)
+            if run.validate and (last or (config.eval_every and step % config.eval_every == 0)):
                 with window.paused():
-                    log.write(step, {"val": validate(engine, plan, policy.bit_weights)})
+                    log.write(step, {"val": run.validate(engine, run.masking.at(progress), policy.bit_weights)})
             # The checkpoint comes last: what a step leaves behind is there before a resume would skip that step.
             if checkpoint_due or stopping:
                 with window.paused():
                     state = {"counters": log.state(), "policy": policy.state(), "world_size": world.size}
-                    checkpoint.save_checkpoint(engine, world, run, step, state, config.keep_checkpoints)
+                    checkpoint.save_checkpoint(engine, world, run.folder, step, state, config.keep_checkpoints)
             if stopping and not last:
                 return False
     return True
-
-
-def make_pairs(batch: Batch, config: RunConfig, engine) -> Pairs | None:
-    """What itm and itc learn from in this batch; None without them."""
-    if set(config.objectives) <= {"mlm"}:
-        return None
-    return pair_batch(batch, engine.module.config.vocab_size, config.seed)
 
 
 def find_resume(config: RunConfig, run: Path) -> Path | str | None:
@@ -237,75 +287,92 @@ def make_masking(config: RunConfig, shards: Shards) -> Masking:
     )  # fmt: skip
 
 
-def make_validation(config, world, view, shards, micro_batch_size) -> Callable | None:
-    """A function of engine, plan and weights: loss and accuracy per part of speech on --val, with and without image."""
+def make_collator(
+    config: RunConfig, world: World, max_images: int, view: View, shards: Shards, answers: tuple[str, ...]
+) -> Collator:
+    num_scores = len(shards.manifest.scores)
+    return Collator(view, num_scores, max_images, config.decode, world.device, config.on_bad_sample, answers)
+
+
+def make_validation(
+    config: RunConfig, world: World, view: View, start: Start, make_collate: Callable, micro_batch_size: int
+) -> Callable | None:
+    """A function of engine, plan and weights: losses and accuracies on --val, with the image and with a blank one."""
     if config.val is None:
         return None
     val = Shards((config.val,), config.cache)
-    if val.manifest.tokenizer.sha256 != shards.manifest.tokenizer.sha256:
+    if val.manifest.tokenizer.sha256 != start.data[0].manifest.tokenizer.sha256:
         raise ValueError(f"--val {config.val} has another tokenizer; build it with that of {config.data[0]}")
+    if config.learns_answers and "answers" not in val.manifest.counts:
+        raise ValueError(f"--val {config.val} holds captions, not questions as {config.data[0]} does")
     if len(val) < world.size:
         raise ValueError(f"--val {config.val}: {len(val)} images are fewer than {world.size} ranks")
     whole = dataclasses.replace(
         view, captions_per_image=None, blank_rate=0.0, crop_scale=(1.0, 1.0), maskings_per_caption=1
     )
-    num_scores = len(val.manifest.scores)
-    collate = Collator(whole, num_scores, micro_batch_size, config.decode, world.device, config.on_bad_sample)
+    collate = make_collate(whole, val, start.model_config.answers)
 
     @torch.no_grad()
     def validate(engine, plan, bit_weights) -> dict:
         average_batch_norm(engine.module, world)
         engine.eval()
-        sums = {"image": metrics.LossSums(world.device), "blank": metrics.LossSums(world.device)}
+        sums = {name: (metrics.LossSums(world.device), metrics.MatchSums(world.device)) for name in ("image", "blank")}
         for batch in evaluation_batches(val, collate, micro_batch_size, config.eval_images, world.rank, world.size):
             batch = batch.to(world.device, config.torch_dtype)
             masked = mask_batch(batch, plan, 0, bit_weights)
-            sums["image"].add(masked_lm(engine, batch, masked))
-            sums["blank"].add(masked_lm(engine, batch.with_blank_images(), masked))
+            for shown, (masked_lm, matches) in zip((batch, batch.with_blank_images()), sums.values(), strict=True):
+                losses = all_losses(engine, MicroBatch((shown,), masked, None))
+                masked_lm.add(losses.mlm)
+                matches.add(losses)
         engine.train()
-        return {name: value.reduce(world) for name, value in sums.items()}
+        return {name: masked_lm.reduce(world) | matches.reduce(world) for name, (masked_lm, matches) in sums.items()}
 
     return validate
 
 
-def warm_up(engine, config: RunConfig, shards: Shards, collate: Collator, plan, bit_weights) -> None:
+def warm_up(run: Run) -> None:
     """One step with a gradient of zero, so that DeepSpeed makes its optimizer state; see checkpoint.restore."""
-    micro_batch_size, accumulation = config.micro_batches(engine.dp_world_size)
-    batch = collate(shards.read(range(micro_batch_size)), epoch=0).to(engine.device, config.torch_dtype)
-    set_learning_rate(engine, 0.0)
+    micro_batch_size, accumulation = run.config.micro_batches(run.world.size)
+    pairs = zip(run.data, run.collates, strict=True)
+    batches = [collate(shards.read(range(micro_batch_size)), epoch=0) for shards, collate in pairs]
+    set_learning_rate(run.engine, 0.0)
     for _ in range(accumulation):
-        masked, pairs = mask_batch(batch, plan, config.seed, bit_weights), make_pairs(batch, config, engine)
-        losses = all_losses(engine, batch, masked, pairs)
-        engine.backward(losses.scaled_sum(torch.ones(3, device=engine.device), 0.0))
-        engine.step()
+        losses = all_losses(run.engine, run.prepare(batches, 0.0))
+        run.engine.backward(losses.scaled_sum(torch.ones(4, device=run.engine.device), 0.0))
+        run.engine.step()
 
 
 def check_same_model(source: Path, model_config: ModelConfig) -> None:
     saved = ModelConfig.load(source.parent.parent / "model_config.json")
+    if saved.answers != model_config.answers:
+        raise ValueError(f"{source} has the answers of other training data; fine-tune again, into another --out")
     for key, value in dataclasses.asdict(model_config).items():
         if (there := getattr(saved, key)) != value:
             raise ValueError(f"{source} holds a model of preset {saved.preset}: {key} {there} there, {value} here")
 
 
-def prepare_run_folder(run: Path, config: RunConfig, model_config: ModelConfig, shards: Shards, world: World) -> None:
+def prepare_run_folder(run: Path, config: RunConfig, start: Start, world: World) -> None:
     """What makes a folder a run, config.json last; everything that could refuse the run has been checked."""
     world.barrier()  # a rank that is late may not take what is written here for a run of someone else
     if world.is_main:
         run.mkdir(parents=True, exist_ok=True)
         (run / "model.safetensors").unlink(missing_ok=True)  # of a finished run that now goes on
-        model_config.save(run / "model_config.json")
-        shutil.copytree(shards.local_folders[0] / "tokenizer", run / "tokenizer", dirs_exist_ok=True)
+        start.model_config.save(run / "model_config.json")
+        shutil.copytree(start.data[0].local_folders[0] / "tokenizer", run / "tokenizer", dirs_exist_ok=True)
         (run / "commit.txt").write_text(git_commit() + "\n")
         config.save(run / "config.json")
     world.barrier()
 
 
-def describe_start(config: RunConfig, world: World, shards: Shards, model: PosMaskModel, start_step: int) -> str:
+def describe_start(
+    config: RunConfig, world: World, data: tuple[Shards, ...], model: PosMaskModel, start_step: int
+) -> str:
     num_parameters = sum(checkpoint.num_elements(p) for p in model.parameters())
+    num_images = sum(map(len, data))
     return (
-        f"--mask {config.mask}: preset {config.preset} ({num_parameters / 1e6:.1f} M parameters), {config.dtype}, "
+        f"{config.title}: preset {config.preset} ({num_parameters / 1e6:.1f} M parameters), {config.dtype}, "
         f"ZeRO {config.zero_stage}, {world.size} rank{'s' if world.size > 1 else ''} on {world.device.type}, "
-        f"{len(shards):,} images, steps {start_step + 1} to {config.steps} of {config.batch_size} -> {config.out}"
+        f"{num_images:,} images, steps {start_step + 1} to {config.steps} of {config.batch_size} -> {config.out}"
     )
 
 
