@@ -128,7 +128,7 @@ def preparer(tmp_path_factory):
     save(make("train:300", [WORDS] * 9), out / "tokenizer")
     units.Units(("red cat",), None, (), None, (), {"concreteness": {"cat": 250}}).save(out / "units.json")
     tagger = tagging.find_tagger("auto")
-    return Preparer(Recipe("s", out / "tokenizer", tagger, out / "units.json", False, 1, 256, 90, 48))
+    return Preparer(Recipe("s", out / "tokenizer", tagger, out / "units.json", False, 1, False, 256, 90, 48))
 
 
 @pytest.fixture(scope="module")
