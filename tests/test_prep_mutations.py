@@ -134,10 +134,10 @@ def preparer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def manifest(preparer):
     info = TokenizerInfo.read(preparer.recipe.tokenizer, "t")
-    unset = dict.fromkeys(("tagger", "longest_caption", "image", "counts", "dropped", "records_per_part", "parts"))
+    unset = dict.fromkeys(("tagger", "longest_caption", "image", "dropped", "records_per_part", "parts"))
     return Manifest(
         format_version=1, bits_computed=tuple(pos.BITS), scores=("concreteness",), tokenizer=info, max_tokens=48,
-        sources=({"name": "s"},), **unset,
+        sources=({"name": "s"},), counts={}, **unset,
     )  # fmt: skip
 
 
