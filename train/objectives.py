@@ -25,8 +25,9 @@ from posmask.train.config import RunConfig
 from posmask.train.loader import Batch
 from posmask.train.model import MatchLoss
 
-# What a wrong word may stand for; a determiner or pronoun in place of another is seldom wrong.
-FOILED = sum(UPOS_BIT[tag] for tag in ("NOUN", "PROPN", "VERB", "ADJ", "ADV", "ADP", "NUM"))
+# What a wrong word may stand for. A determiner or pronoun in place of another is seldom wrong, and an adverb seldom
+# reads well, so that the text would tell what the image should.
+FOILED = sum(UPOS_BIT[tag] for tag in ("NOUN", "PROPN", "VERB", "ADJ", "ADP", "NUM"))
 # Log odds of a caption with all words in common against one with none. At 10 a run was at chance after 500 steps.
 HARDNESS = 3.0
 
@@ -149,6 +150,7 @@ def pair_batch(batch: Batch, vocab_size: int, seed: int) -> Pairs:
 def foil_captions(batch: Batch, caption: Tensor, position: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Replaces a word of each caption by one of the same part of speech, drawn from all in the batch.
 
+    Every part of speech that the caption has is as likely: most words are nouns, and what only they teach is that.
     caption, position (T,) int64: of each token. Returns the tokens (T,) int32, and (C,) bool: whether a caption now
     reads otherwise. Words of several pieces stay, so that lengths do. Nothing waits for the device.
     """
@@ -156,12 +158,16 @@ def foil_captions(batch: Batch, caption: Tensor, position: Tensor, seed: int) ->
     continues = ((tags & MASKABLE) != 0) & ((tags & WORD_START) == 0)
     is_word = ((tags & MASKABLE) != 0) & ((tags & WORD_START) != 0) & ((tags & FOILED) != 0)
     is_word[:-1] &= ~continues[1:]
-    which, nth, *_ = philox.draw_words(philox.FOIL, position, caption, batch.caption_key, seed, batch.epoch)
-    rank = torch.where(is_word, which, -1)
-    highest = torch.full((num_captions,), -1, device=rank.device).scatter_reduce_(0, caption, rank, "amax")
-    replaced = is_word & (rank == highest[caption])
     # Words by part of speech; the n-th of one's own takes its place.
     kind = torch.where(is_word, lowest_bit(tags & FOILED), NUM_BINS).long()
+
+    def draw(purpose: int, place: Tensor) -> tuple[Tensor, ...]:
+        return philox.draw_words(purpose, place, caption, batch.caption_key, seed, batch.epoch)
+
+    which, nth, *_ = draw(philox.FOIL, position)
+    rank = torch.where(is_word, draw(philox.FOIL_KIND, kind)[0] << 31 | which >> 1, -1)
+    highest = torch.full((num_captions,), -1, device=rank.device).scatter_reduce_(0, caption, rank, "amax")
+    replaced = is_word & (rank == highest[caption])
     count = (kind == torch.arange(NUM_BINS + 1, device=kind.device)[:, None]).sum(1)
     place = (count.cumsum(0) - count)[kind] + (nth * count[kind] >> 32)
     foil = torch.where(replaced, batch.tokens[kind.argsort(stable=True)[place]], batch.tokens)
