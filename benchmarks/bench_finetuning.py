@@ -14,29 +14,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
-import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
 from PIL import Image
+from studies import add_row, last_json, run, train_s
 
 from posmask.eval.vqa import GROUP_OF
-from posmask.train.card import git_commit
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results" / "finetuning.json"
 QUESTIONS, ANNOTATIONS, IMAGES = "questions.json", "annotations.json", "images"
-
-
-def run(*command: object) -> str:
-    """Standard output of a command, whose messages pass through. Raises CalledProcessError if it fails."""
-    words = [sys.executable, *map(str, command)]
-    return subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def write_easy_vqa(split: str, out: Path) -> None:
@@ -69,7 +57,7 @@ def prepare_easy_vqa(folder: Path, init: str | None) -> Path:
             write_easy_vqa(split, folder / split)
     files, shards = folder / "train", folder / ("shards" if init is None else f"shards-{Path(init).name}")
     tokenizer = f"{init}/tokenizer" if init else "train:256"
-    run(ROOT / "prep/build_shards.py", "vqa", "--questions", files / QUESTIONS, "--annotations", files / ANNOTATIONS,
+    run("prep/build_shards.py", "vqa", "--questions", files / QUESTIONS, "--annotations", files / ANNOTATIONS,
         "--images", files / IMAGES, "--out", shards, "--tokenizer", tokenizer)  # fmt: skip
     return shards
 
@@ -80,14 +68,13 @@ def measure(out: Path, shards: Path, asked: Sequence[object], flags: Sequence[ob
     def shares(rates: dict) -> dict[str, float]:
         return {name: round(rate["accuracy"], 4) for name, rate in rates.items()}
 
-    run(ROOT / "train/finetune.py", "--task", "vqa", "--data", shards, "--out", out, "--snapshots", 0, *flags)
-    results = json.loads(run(ROOT / "eval/run.py", "vqa", "--checkpoint", out, *asked).splitlines()[-1])
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    run("train/finetune.py", "--task", "vqa", "--data", shards, "--out", out, "--snapshots", 0, *flags)
+    results = last_json(run("eval/run.py", "vqa", "--checkpoint", out, *asked))
     return {
         "overall": shares(results["overall"]),
         "groups": {name: shares(rates) for name, rates in results["groups"].items()},
         "questions": results["num_items"],
-        "train_s": round(lines[-1]["time_s"]),
+        "train_s": train_s(out),
     }
 
 
@@ -124,15 +111,7 @@ def main() -> None:
     if not args.no_twin:
         twin = measure(args.runs / f"{name}-question-only", shards, asked, [*flags, "--blank-rate", 1])
         row["accuracy_question_only"] = twin["overall"]["blank"]
-    row |= {
-        "commit": git_commit(), "torch": torch.__version__, "device": f"{os.cpu_count()} cores {platform.machine()}",
-    }  # fmt: skip
-    rows = json.loads(args.results.read_text()) if args.results.is_file() else []
-    key = ("set", "init", "steps", "flags")
-    rows = [other for other in rows if any(other[k] != row[k] for k in key)] + [row]
-    args.results.parent.mkdir(exist_ok=True)
-    args.results.write_text(json.dumps(rows, indent=1) + "\n")
-    print(json.dumps(row), flush=True)
+    add_row(args.results, row, key=("set", "init", "steps", "flags"))
 
 
 if __name__ == "__main__":

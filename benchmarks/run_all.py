@@ -21,8 +21,8 @@ BENCHMARKS = {
     "cpu": {
         "bench_masked_lm_loss.py": (),
         "bench_packing.py": ("--device", "cpu", "--presets", "base"),
-        "bench_step.py": ("--device", "cpu"),
-        "bench_loader.py": (),
+        "bench_step.py": ("--device", "cpu", "--data", "DATA..."),
+        "bench_loader.py": ("PHOTOS",),
         "bench_masking.py": ("--data", "DATA"),
         "bench_prep.py": ("--records", "2000"),
     },
@@ -31,7 +31,7 @@ BENCHMARKS = {
         "bench_packing.py": ("--presets", "base"),
         "bench_masking.py": ("--data", "DATA", "--repeats", "10"),
         "bench_step.py": ("--data", "DATA..."),
-        "bench_loader.py": ("--device", "cuda", "--photos", "PHOTOS"),
+        "bench_loader.py": ("--device", "cuda", "PHOTOS"),
     },
 }
 
@@ -73,10 +73,10 @@ def ratios(value, path: str = "") -> list[str]:
 
 
 def run_all(
-    scripts: dict[str, tuple[str, ...]], data: list[str], photos: str, limit_s: int, env: dict[str, str]
+    scripts: dict[str, tuple[str, ...]], data: list[str], photos: str | None, limit_s: int, env: dict[str, str]
 ) -> dict[str, str]:
-    """Runs `scripts` with their arguments, in which DATA stands for the first of `data`; {script: what came of it}."""
-    stands_for = {"DATA": data[:1], "DATA...": data, "PHOTOS": [photos]}
+    """Runs `scripts` with their arguments, some of which stand for `data` and `photos`; {script: what came of it}."""
+    stands_for = {"DATA": data[:1], "DATA...": data, "PHOTOS": ["--photos", photos] if photos else []}
     outcomes = {}
     for script, arguments in scripts.items():
         print(f"== {script}", flush=True)
@@ -91,13 +91,13 @@ def run_all(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
-    parser.add_argument("--data", default="data/scenes/train", help="shards for bench_masking.py")
-    parser.add_argument("--photos", help="folder of JPEG photos for bench_loader.py (on a GPU; none: its rows fail)")
+    parser.add_argument("--data", nargs="+", default=["data/scenes/train"], help="shards to mask and to train on")
+    parser.add_argument("--photos", help="folder of JPEG photos to decode (without it: scenes on a CPU, none on a GPU)")
     parser.add_argument("--limit-s", type=int, default=600, help="most seconds for one benchmark")
     args = parser.parse_args()
     # Without a GPU in sight nothing can run there by mistake.
     env = dict(os.environ) | ({"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {})
-    outcomes = run_all(BENCHMARKS[args.device], [args.data], args.photos or "", args.limit_s, env)
+    outcomes = run_all(BENCHMARKS[args.device], args.data, args.photos, args.limit_s, env)
     print(json.dumps(outcomes))
     return 0 if all(outcome.startswith("done") for outcome in outcomes.values()) else 1
 

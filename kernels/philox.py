@@ -15,7 +15,7 @@ from torch import Tensor
 
 U32 = 0xFFFFFFFF
 # What a draw decides: the high half of the counter's first word. Every published mask depends on them, so append only.
-SELECT, REPLACE, VALUE, CROP, CAPTION, IMAGE, ARM, NEGATIVE, FOIL, FOIL_KIND = range(10)
+SELECT, REPLACE, VALUE, CROP, CAPTION, IMAGE, ARM, NEGATIVE, FOIL = range(9)
 
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85

@@ -106,17 +106,18 @@ def test_a_foil_has_one_other_word_of_the_same_kind():
     assert 0 < num_foils < 4 * 400
 
 
-def test_foils_are_as_often_of_every_part_of_speech():
-    """Three nouns, a verb and an adjective: a third each. Other words come from eight more captions."""
-    captions = [[2, 10, 11, 12, 20, 30, 3], *([2, 14 + i % 2, 21 + i, 31 + i, 3] for i in range(8))]
-    num_draws = 1200
+def test_rare_parts_of_speech_are_foiled_as_well():
+    """A word's odds are 1 / (words of its part of speech in the batch)."""
+    captions = [[2, 10, 11, 12, 20, 30, 3], *([2, 14 + i % 2, 21 + i, 3] for i in range(8)), [2, 31, 3]]
+    num_draws = 400
     found = np.zeros(3)
     for epoch in range(num_draws):
-        batch = make_batch(captions, range(9), 9, epoch=epoch)
+        batch = make_batch(captions, range(10), 10, epoch=epoch)
         changed = (pair_batch(batch, 60, seed=2).foil != batch.tokens)[: len(captions[0])]
         found += [int(changed[1:4].sum()), int(changed[4]), int(changed[5])]
-    # A word draws itself as often as it stands in the batch: 1 of 11 nouns, 9 verbs, 9 adjectives.
-    share = np.array([10 / 11, 8 / 9, 8 / 9]) / 3
+    count = np.array([11, 9, 2])  # nouns, verbs, adjectives
+    odds = np.array([3, 1, 1]) / count
+    share = odds / odds.sum() * (1 - 1 / count)  # a word may draw itself
     assert (np.abs(found - num_draws * share) < 4 * np.sqrt(num_draws * share * (1 - share))).all(), found
 
 

@@ -19,6 +19,7 @@ from posmask.kernels import philox
 from posmask.kernels.mask_plan import MaskMix, MaskPlan
 from posmask.kernels.mask_tokens import MaskedTokens, mask_tokens
 from posmask.kernels.masked_lm_loss import NUM_BINS, MaskedLMLoss, lowest_bit
+from posmask.kernels.race import WEIGHT_BITS, race_keys
 from posmask.prep.pos import MASKABLE, UPOS_BIT, WORD_START
 from posmask.train.capacity import capacity
 from posmask.train.config import RunConfig
@@ -30,6 +31,7 @@ from posmask.train.model import MatchLoss
 FOILED = sum(UPOS_BIT[tag] for tag in ("NOUN", "PROPN", "VERB", "ADJ", "ADP", "NUM"))
 # Log odds of a caption with all words in common against one with none. At 10 a run was at chance after 500 steps.
 HARDNESS = 3.0
+NEVER = torch.iinfo(torch.int64).max  # the key of what takes no part in a race
 
 
 class Pairs(NamedTuple):
@@ -150,7 +152,8 @@ def pair_batch(batch: Batch, vocab_size: int, seed: int) -> Pairs:
 def foil_captions(batch: Batch, caption: Tensor, position: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Replaces a word of each caption by one of the same part of speech, drawn from all in the batch.
 
-    Every part of speech that the caption has is as likely: most words are nouns, and what only they teach is that.
+    A word is drawn with odds 1 / (words of its part of speech in the batch): else nearly all foils would be nouns and
+    adjectives, and what an adposition says would be learned late.
     caption, position (T,) int64: of each token. Returns the tokens (T,) int32, and (C,) bool: whether a caption now
     reads otherwise. Words of several pieces stay, so that lengths do. Nothing waits for the device.
     """
@@ -160,18 +163,15 @@ def foil_captions(batch: Batch, caption: Tensor, position: Tensor, seed: int) ->
     is_word[:-1] &= ~continues[1:]
     # Words by part of speech; the n-th of one's own takes its place.
     kind = torch.where(is_word, lowest_bit(tags & FOILED), NUM_BINS).long()
-
-    def draw(purpose: int, place: Tensor) -> tuple[Tensor, ...]:
-        return philox.draw_words(purpose, place, caption, batch.caption_key, seed, batch.epoch)
-
-    which, nth, *_ = draw(philox.FOIL, position)
-    rank = torch.where(is_word, draw(philox.FOIL_KIND, kind)[0] << 31 | which >> 1, -1)
-    highest = torch.full((num_captions,), -1, device=rank.device).scatter_reduce_(0, caption, rank, "amax")
-    replaced = is_word & (rank == highest[caption])
     count = (kind == torch.arange(NUM_BINS + 1, device=kind.device)[:, None]).sum(1)
+    which, nth, *_ = philox.draw_words(philox.FOIL, position, caption, batch.caption_key, seed, batch.epoch)
+    key = race_keys(which, (1 << WEIGHT_BITS) // count[kind]) * batch.max_caption_tokens + position
+    key = torch.where(is_word, key, NEVER)
+    smallest = torch.full((num_captions,), NEVER, device=key.device).scatter_reduce_(0, caption, key, "amin")
+    replaced = is_word & (key == smallest[caption])
     place = (count.cumsum(0) - count)[kind] + (nth * count[kind] >> 32)
     foil = torch.where(replaced, batch.tokens[kind.argsort(stable=True)[place]], batch.tokens)
-    is_foil = torch.zeros(num_captions, dtype=torch.int32, device=rank.device)
+    is_foil = torch.zeros(num_captions, dtype=torch.int32, device=key.device)
     return foil, is_foil.scatter_reduce_(0, caption, (foil != batch.tokens).int(), "amax") > 0
 
 
