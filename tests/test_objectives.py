@@ -248,7 +248,8 @@ def test_without_masked_language_modelling(scenes, tmp_path, capsys):
     from posmask.eval import run as evaluate
 
     out = tmp_path / "none"
-    assert pretrain.main(flags(scenes, out, "--objectives", "itm", mask="none", steps=2)) == 0
+    assert pretrain.main(flags(scenes, out, "--objectives", "mlm,itm", mask="none", steps=2)) == 0
+    assert json.loads((out / "model_config.json").read_text())["objectives"] == ["itm"]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert all(line["masked_tokens"] == 0 and line["loss"] is None for line in lines if "itm" in line)
     capsys.readouterr()

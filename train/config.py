@@ -221,7 +221,7 @@ def check_objectives(objectives: tuple[str, ...], mask: str, learns_answers: boo
         raise ValueError(f"{given}: {unknown[0]!r} is unknown, choose from {', '.join(OBJECTIVES)}")
     if len(set(objectives)) < len(objectives):
         raise ValueError(f"{given}: names an objective twice")
-    if mask == "none" and not set(objectives) - {"mlm"} and not learns_answers:
+    if mask == "none" and not objectives and not learns_answers:
         raise ValueError(
             "--mask none leaves nothing to learn while masked language modelling is the only objective; choose an arm, "
             "or add an objective: --objectives mlm,itm"
@@ -328,6 +328,8 @@ def settings(args: argparse.Namespace, sizes: dict[str, dict[str, float]], has_g
     """The fields of a RunConfig; what was not given is as large as the preset."""
     values = vars(args) | {"data": tuple(args.data)}
     values |= {flag: default for flag, default in sizes[args.preset].items() if values[flag] is None}
+    if values["mask"] == "none":  # nothing is hidden, so there is nothing to predict
+        values["objectives"] = tuple(name for name in values["objectives"] if name != "mlm")
     if values["warmup_steps"] is None:
         values["warmup_steps"] = values["steps"] // 20
     if values["dtype"] == "auto":

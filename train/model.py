@@ -382,16 +382,15 @@ class PosMaskModel(nn.Module):
         elif questions is not None:
             of_questions = Packing.of(questions.caption_starts, questions.tokens.numel(), questions.max_caption_tokens)
             vqa = self.answer_loss(questions, of_questions, self.image(questions.images))
-        if vqa is not None and "mlm" not in self.config.objectives:
-            # One spare row: the text need not pass again, and the MLM head has its gradient of zero.
-            mlm = self.predict(image_BND[0, :1], targets[:1], masked.num_masked, bins[:1])
-            return mlm, None, None, vqa, None
-        text_TD = self.encode_text(masked.tokens, packing)
         looks = [] if with_reward else None
-        rows_MD = self.fuse(
-            text_TD, packing, image_BND, batch.caption_image, index, targets >= 0, batch.max_image_tokens, looks,
-            in_order=True,
-        )  # fmt: skip
+        if "mlm" in self.config.objectives:
+            text_TD = self.encode_text(masked.tokens, packing)
+            rows_MD = self.fuse(
+                text_TD, packing, image_BND, batch.caption_image, index, targets >= 0, batch.max_image_tokens, looks,
+                in_order=True,
+            )  # fmt: skip
+        else:  # one spare row: the masked text need not pass, and the MLM head has its gradient of zero
+            rows_MD, targets, bins = image_BND[0, :1], targets[:1], bins[:1]
         mlm = self.predict(rows_MD, targets, masked.num_masked, bins)
         if pairs is None and vqa is None and not with_reward:
             return mlm
