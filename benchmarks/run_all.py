@@ -83,7 +83,7 @@ def run_all(
         given = tuple(word for name in arguments for word in stands_for.get(name, [name]))
         outcomes[script], result = run(script, given, limit_s, env)
         print(outcomes[script], flush=True)
-        for line in ratios(result["rows"]) if result else ():
+        for line in ratios(result.get("rows", result)) if result else ():
             print(f"   {line}", flush=True)
     return outcomes
 

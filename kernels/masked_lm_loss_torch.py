@@ -60,8 +60,9 @@ def loss_and_gradients(
     for narrow, target in zip(logits.split(blocks), targets.long()[:, None].split(blocks), strict=True):
         wide = _widen(narrow).add_(bias)
         of_target, top = wide.gather(1, target), wide.amax(dim=1, keepdim=True)
-        total = wide.sub_(top).exp_().sum(dim=1, keepdim=True)
-        wide.mul_(1 / total).scatter_add_(1, target, wide.new_full((), -1).expand_as(target))
+        torch.softmax(wide, dim=1, out=wide)
+        total = 1 / wide.amax(dim=1, keepdim=True)  # of the exponentials, of which the largest is 1
+        wide.scatter_add_(1, target, wide.new_full((), -1).expand_as(target))
         if wide is not narrow:
             narrow.copy_(wide)
         row_loss.append(top - of_target + total.log())
