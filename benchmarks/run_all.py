@@ -28,6 +28,7 @@ BENCHMARKS = {
     },
     "cuda": {
         "bench_masked_lm_loss.py": (),
+        "bench_attention.py": (),
         "bench_packing.py": ("--presets", "base"),
         "bench_masking.py": ("--data", "DATA", "--repeats", "10"),
         "bench_step.py": ("--data", "DATA..."),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -41,6 +43,76 @@ def assert_within_budget():
         assert (excess <= budget).all(), f"error above torch's: {float(excess.max()):.3g}, allowed: {budget:.3g}"
 
     return check
+
+
+RECORDER = """
+import sys
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
+            torch.int64: "*i64", torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8"}
+compiled = set()
+
+class Recorder:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *args, num_warps=4, num_stages=3, **named):
+        given = dict(zip(self.kernel.arg_names, args)) | named
+        assert list(sorted(given)) == sorted(self.kernel.arg_names), "an argument is missing or unknown"
+        constants = {p.name: given[p.name] for p in self.kernel.params if p.is_constexpr}
+        types = {}
+        for name, value in given.items():
+            if isinstance(value, torch.Tensor):
+                types[name] = POINTERS[value.dtype]
+            elif name in constants:
+                types[name] = "constexpr"
+            elif isinstance(value, float):
+                types[name] = "fp32"
+            else:
+                types[name] = "i32" if -2**31 <= value < 2**31 else "i64"
+        key = (self.kernel.fn.__name__, *sorted(types.items()), *sorted(constants.items(), key=str), num_warps)
+        if key not in compiled:
+            source = ASTSource(self.kernel, types, {(self.kernel.arg_names.index(n),): v for n, v in constants.items()})
+            options = {"num_warps": num_warps, "num_stages": num_stages}
+            done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+            assert ".entry" in done.asm["ptx"]
+            compiled.add(key)
+
+def record(module):
+    for name in dir(module):
+        if name.endswith("_kernel"):
+            setattr(module, name, Recorder(getattr(module, name)))
+
+"""
+
+
+@pytest.fixture
+def compile_for_gpu(tmp_path):
+    """compile_for_gpu(script, *arguments) → the kernels that a script's launches compile for a GPU, without one.
+
+    The script calls record(module) and then the module's functions. It is a process of its own, since Triton either
+    interprets or compiles all kernels of one. What the interpreter lets pass may still be no Triton.
+    """
+
+    def run(script: str, *arguments: object) -> int:
+        path = tmp_path / "compile_all.py"
+        path.write_text(RECORDER + script + "\nprint(len(compiled))\n")
+        env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        done = subprocess.run(
+            [sys.executable, str(path), *map(str, arguments)], capture_output=True, text=True, check=False,
+            env=env | {"TRITON_CACHE_DIR": str(tmp_path / "cache")},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+        return int(done.stdout.split()[-1])
+
+    return run
 
 
 @pytest.fixture

@@ -1,78 +1,52 @@
 """Ragged attention against one sequence at a time, on both of its paths, and the rows that attend to nothing."""
 
+import importlib.util
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from posmask.train import attention
 from posmask.train.attention import Ragged
 
-WIDTH, HEADS = 12, 3
+HEADS = 3
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton's kernels run, interpreted on a CPU
+assert_equal = {
+    torch.float64: partial(torch.testing.assert_close, atol=1e-12, rtol=1e-12),
+    torch.float32: partial(torch.testing.assert_close, atol=2e-5, rtol=2e-5),
+}
 
 
 def one_by_one(owner, key_starts, query, key, value):
     """(Q, D) by a loop over query rows."""
     rows = []
-    for row, sequence in zip(query, owner.tolist(), strict=True):
+    for row, sequence in zip(query.split(1), owner.tolist(), strict=True):
         span = slice(int(key_starts[sequence]), int(key_starts[sequence + 1]))
-        heads = (x.view(-1, HEADS, WIDTH // HEADS).transpose(0, 1) for x in (row, key[span], value[span]))
-        rows.append(F.scaled_dot_product_attention(*heads).reshape(WIDTH))
+        heads = (x.unflatten(1, (HEADS, -1)).transpose(0, 1) for x in (row, key[span], value[span]))
+        rows.append(F.scaled_dot_product_attention(*heads).flatten())
     return torch.stack(rows)
 
 
 def gradients(context, inputs, live=None):
-    weight = torch.linspace(-1, 1, context.numel(), dtype=context.dtype).view_as(context)
+    weight = torch.linspace(-1, 1, context.numel(), dtype=context.dtype, device=context.device).view_as(context)
     weight = weight if live is None else torch.where(live[:, None], weight, 0)
     return torch.autograd.grad((context * weight).sum(), inputs)
 
 
-class VarlenAttention(torch.autograd.Function):
-    """varlen_attn as documented, in the plain: rows of no sequence are left unwritten (NaN), forward and backward."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k):
-        assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and len(cu_seq_q) == len(cu_seq_k)
-        assert cu_seq_q.diff().max() <= max_q and cu_seq_k.diff().max() <= max_k
-        ctx.save_for_backward(query, key, value, cu_seq_q, cu_seq_k)
-        context = torch.full_like(query, torch.nan)
-        for q, k in spans(cu_seq_q, cu_seq_k):
-            heads = (x.transpose(0, 1) for x in (query[q], key[k], value[k]))
-            context[q] = F.scaled_dot_product_attention(*heads).transpose(0, 1)
-        return context
-
-    @staticmethod
-    def backward(ctx, grad):
-        query, key, value, cu_seq_q, cu_seq_k = ctx.saved_tensors
-        grads = [torch.full_like(query, torch.nan), torch.zeros_like(key), torch.zeros_like(value)]
-        for q, k in spans(cu_seq_q, cu_seq_k):
-            with torch.enable_grad():
-                parts = [x.detach().requires_grad_() for x in (query[q], key[k], value[k])]
-                out = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in parts)).transpose(0, 1)
-                found = torch.autograd.grad(out, parts, grad[q])
-            for whole, span, part in zip(grads, (q, k, k), found, strict=True):
-                whole[span] = part
-        return *grads, None, None, None, None
+@pytest.fixture(params=["torch", "triton"])
+def backend(request, poisoned_memory):
+    if request.param == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("the package triton is not installed")
+    return request.param
 
 
-def spans(*starts):
-    lists = [s.tolist() for s in starts]
-    for i in range(len(lists[0]) - 1):
-        yield tuple(slice(s[i], s[i + 1]) for s in lists)
-
-
-@pytest.fixture(params=["rectangles", "varlen"])
-def attend(request, monkeypatch):
-    """Calls a Ragged by one of its two paths; the GPU's runs on a stand-in for the kernel."""
-    monkeypatch.setattr(attention, "varlen_attn", VarlenAttention.apply)
-    if request.param == "varlen":
-        return lambda ragged, *tensors: ragged._varlen(*tensors, HEADS)
-    return lambda ragged, *tensors: ragged(*tensors, HEADS)
-
-
-def tensors(num_queries, num_keys):
+def tensors(backend, num_queries, num_keys, width):
+    """Leaves in fp64, or fp32 for Triton, and views of them whose rows do not lie end to end."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(n, WIDTH, generator=generator, dtype=torch.float64, requires_grad=True)
-            for n in (num_queries, num_keys, num_keys)]  # fmt: skip
+    kind = {"dtype": torch.float64} if backend == "torch" else {"dtype": torch.float32, "device": DEVICE}
+    leaves = [torch.randn(n, 2 * width, generator=generator).to(**kind).requires_grad_()
+              for n in (num_queries, num_keys, num_keys)]  # fmt: skip
+    return leaves, [leaf[:, :width] for leaf in leaves]
 
 
 CASES = {
@@ -82,35 +56,83 @@ CASES = {
     "equal keys, unsorted": ([4, 4, 4], [2, 2, 0, 1, 1, 1, 0, 2]),
     "one sequence for all": ([6], [0] * 7),
     "more than a rectangle": ([2] * 70, sorted([*range(70), 5, 5, 41])),
+    "tiles off the grid": ([49, 1, 65], [0] * 70 + [2] * 33),
+    "whole tiles": ([64, 16], [0] * 32 + [1] * 64),
 }
 
 
+@pytest.mark.parametrize("width", [3 * 4, 3 * 16, 3 * 20])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_attention_one_by_one(attend, case):
+def test_equals_attention_one_by_one(backend, case, width):
     lengths, owner = CASES[case]
-    owner = torch.tensor(owner)
-    starts = torch.tensor([0, *lengths]).cumsum(0).int()
-    inputs = tensors(len(owner), sum(lengths))
+    leaves, inputs = tensors(backend, len(owner), sum(lengths), width)
+    owner = torch.tensor(owner, device=inputs[0].device)
+    starts = torch.tensor([0, *lengths], device=owner.device).cumsum(0).int()
     is_sorted = bool((owner.diff() >= 0).all())
     most = int(owner.bincount().max())
-    context = attend(Ragged(owner, starts, most, max(lengths), is_sorted=is_sorted), *inputs)
+    context = Ragged(owner, starts, most, max(lengths), is_sorted=is_sorted)(*inputs, HEADS, backend)
     truth = one_by_one(owner, starts, *inputs)
-    torch.testing.assert_close(context, truth, atol=1e-12, rtol=1e-12)
-    for ours, theirs in zip(gradients(context, inputs), gradients(truth, inputs), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+    check = assert_equal[context.dtype]
+    check(context, truth)
+    for ours, theirs in zip(gradients(context, leaves), gradients(truth, leaves), strict=True):
+        check(ours, theirs)
 
 
 @pytest.mark.parametrize("owner", [[0, 2, 2, 3, 0, 0], [2, 0, 3, 2, 0, 0], [0] * 6], ids=["sorted", "unsorted", "one"])
 @pytest.mark.parametrize("num_live", [4, 0])
-def test_rows_that_are_not_live_stay_finite_and_add_nothing(attend, owner, num_live):
-    owner = torch.tensor(owner)
-    live = torch.arange(6) < num_live
-    starts = torch.tensor([0, 3, 4, 9, 12], dtype=torch.int32)
-    inputs = tensors(6, 12)
+def test_rows_that_are_not_live_stay_finite_and_add_nothing(backend, owner, num_live):
+    leaves, inputs = tensors(backend, 6, 12, 12)
+    owner = torch.tensor(owner, device=inputs[0].device)
+    live = torch.arange(6, device=owner.device) < num_live
+    starts = torch.tensor([0, 3, 4, 9, 12], dtype=torch.int32, device=owner.device)
     is_sorted = bool((owner[:num_live].diff() >= 0).all())
-    context = attend(Ragged(owner, starts, 6, 5, is_sorted=is_sorted, live=live), *inputs)
+    context = Ragged(owner, starts, 6, 5, is_sorted=is_sorted, live=live)(*inputs, HEADS, backend)
     truth = one_by_one(owner, starts, *inputs)
     assert context.isfinite().all()
-    torch.testing.assert_close(context[live], truth[live], atol=1e-12, rtol=1e-12)
-    for ours, theirs in zip(gradients(context, inputs, live), gradients(truth, inputs, live), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+    check = assert_equal[context.dtype]
+    check(context[live], truth[live])
+    for ours, theirs in zip(gradients(context, leaves, live), gradients(truth, leaves, live), strict=True):
+        check(ours, theirs)
+
+
+def test_few_sequences_with_many_queries_are_shared_by_programs(backend):
+    """One image against many texts, as in retrieval."""
+    leaves, inputs = tensors(backend, 500, 9, 12)
+    owner = torch.zeros(500, dtype=torch.int64, device=inputs[0].device)
+    starts = torch.tensor([0, 9], dtype=torch.int32, device=owner.device)
+    context = Ragged(owner, starts, 500, 9, is_sorted=True)(*inputs, HEADS, backend)
+    heads = (x.unflatten(1, (HEADS, -1)).transpose(0, 1) for x in inputs)
+    truth = F.scaled_dot_product_attention(*heads).transpose(0, 1).flatten(1)
+    check = assert_equal[context.dtype]
+    check(context, truth)
+    ours, theirs = (gradients(x, leaves) for x in (context, truth))
+    for a, b in zip(ours, theirs, strict=True):
+        check(a, b)
+
+
+def test_sequences_longer_than_a_tile_take_the_other_path(backend):
+    _, inputs = tensors(backend, 3, 300, 12)
+    owner = torch.zeros(3, dtype=torch.int64, device=inputs[0].device)
+    starts = torch.tensor([0, 300], dtype=torch.int32, device=owner.device)
+    context = Ragged(owner, starts, 3, 300, is_sorted=True)(*inputs, HEADS, backend)
+    assert_equal[context.dtype](context, one_by_one(owner, starts, *inputs))
+
+
+COMPILE = """
+from posmask.kernels import ragged_attention_triton as kernels
+
+record(kernels)
+starts = torch.tensor([0, 5], dtype=torch.int32)
+order = torch.arange(5)
+for dtype in (torch.bfloat16, torch.float32):
+    for num_heads, width, some_order, max_queries, max_keys in ((12, 768, None, 30, 30), (4, 128, order, 100, 49)):
+        inputs = [torch.zeros(5, width, dtype=dtype, requires_grad=True) for _ in range(3)]
+        assert kernels.fits(inputs[0], num_heads, max_keys)
+        shape = (some_order, starts, starts, max_queries, max_keys, False)
+        kernels.RaggedAttention.apply(*inputs, num_heads, *shape).sum().backward()
+"""
+
+
+def test_kernels_compile_for_hopper(compile_for_gpu):
+    pytest.importorskip("triton")
+    assert compile_for_gpu(COMPILE) == 2 * 2 * 2

@@ -14,10 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10: rectangles serve there too
-    varlen_attn = None
+from posmask.kernels.backend import resolve
 
 SEQUENCES_PER_RECTANGLE = 32
 
@@ -25,9 +22,9 @@ SEQUENCES_PER_RECTANGLE = 32
 class Ragged:
     """Which rows attend to which; made once for a batch and used by every layer.
 
-    On a GPU in half precision it is flash attention over cumulative lengths (`torch.nn.attention.varlen`), and nothing
-    waits for the device. Elsewhere sequences of equal length are gathered into rectangles, which need no mask; their
-    shapes are read by the host, for free on a CPU.
+    On a GPU a Triton kernel has a program for each sequence and head, and nothing waits for the device. Elsewhere, and
+    where a sequence is longer than that kernel takes, sequences of equal length are gathered into rectangles, which
+    need no mask; their shapes are read by the host, for free on a CPU.
     """
 
     def __init__(
@@ -43,10 +40,19 @@ class Ragged:
         self.owner, self.key_starts, self.live = owner, key_starts, live
         self.max_queries, self.max_keys, self.is_sorted = max_queries, max_keys, is_sorted
 
-    def __call__(self, query_QD: Tensor, key_KD: Tensor, value_KD: Tensor, num_heads: int) -> Tensor:
+    def __call__(
+        self, query_QD: Tensor, key_KD: Tensor, value_KD: Tensor, num_heads: int, backend: str = "auto"
+    ) -> Tensor:
         """(Q, D) x (K, D) x (K, D) -> (Q, D)."""
-        if query_QD.is_cuda and query_QD.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None:
-            return self._varlen(query_QD, key_KD, value_KD, num_heads)
+        if resolve(backend, query_QD, "ragged_attention") == "triton":
+            from posmask.kernels import ragged_attention_triton as kernels
+
+            if kernels.fits(query_QD, num_heads, self.max_keys):
+                order, query_starts = self._by_sequence
+                return kernels.RaggedAttention.apply(
+                    query_QD, key_KD, value_KD, num_heads, order, query_starts, self.key_starts,
+                    self.max_queries, self.max_keys, self.live is not None,
+                )  # fmt: skip
         plan = self._rectangles
         query = _Arrange.apply(query_QD, plan.query_source, plan.query_place)
         key, value = (
@@ -61,27 +67,15 @@ class Ragged:
         context = [_attend(num_sequences, num_heads, *part) for num_sequences, *part in parts]
         return _Restore.apply(torch.cat(context), plan.query_place)
 
-    def _varlen(self, query_QD: Tensor, key_KD: Tensor, value_KD: Tensor, num_heads: int) -> Tensor:
-        order, place, starts = self._by_sequence
-        live = None if self.live is None else self.live[:, None]
-        # Flash attention writes nothing beyond the last sequence, forward or backward: keep what lies there out.
-        query = query_QD if live is None else torch.where(live, query_QD, 0)
-        query = query if order is None else _Arrange.apply(query, order, place)
-        heads = (x.unflatten(-1, (num_heads, -1)) for x in (query, key_KD, value_KD))
-        context = varlen_attn(*heads, starts, self.key_starts, self.max_queries, self.max_keys).flatten(1)
-        context = context if order is None else _Arrange.apply(context, place, order)
-        return context if live is None else torch.where(live, context, 0)
-
     @cached_property
-    def _by_sequence(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """The order of query rows by sequence, the way back (None where they lie so), and starts (S+1,) int32."""
+    def _by_sequence(self) -> tuple[Tensor | None, Tensor]:
+        """The order of query rows by sequence (None where they lie so), and where each begins in it, (S+1,) int32."""
         num_sequences = self.key_starts.numel() - 1
         owner = self.owner if self.live is None else torch.where(self.live, self.owner, num_sequences)
-        order = place = None
+        order = None
         if not self.is_sorted:
             owner, order = owner.sort(stable=True)
-            place = order.argsort()
-        return order, place, torch.searchsorted(owner, torch.arange(num_sequences + 1, device=owner.device)).int()
+        return order, torch.searchsorted(owner, torch.arange(num_sequences + 1, device=owner.device)).int()
 
     @cached_property
     def _rectangles(self) -> Rectangles:
