@@ -100,11 +100,12 @@ def main() -> None:
         shards, files = prepare_easy_vqa(args.data, args.init), args.data / "test"
         asked = ("--questions", files / QUESTIONS, "--annotations", files / ANNOTATIONS, "--images", files / IMAGES)
     flags = ["--steps", args.steps, *(["--init", args.init] if args.init else []), *args.flags]
-    words = [args.set, Path(args.init).name if args.init else "new", str(args.steps), *args.flags]
+    init = Path(args.init).name if args.init else "new"
+    words = [args.set, init, str(args.steps), *args.flags]
     name = "-".join(word.removeprefix("--") for word in words)
     seen = measure(args.runs / name, shards, asked, flags)
     row = {
-        "set": args.set, "init": args.init, "steps": args.steps, "flags": args.flags, "questions": seen["questions"],
+        "set": args.set, "init": init, "steps": args.steps, "flags": args.flags, "questions": seen["questions"],
         "accuracy": seen["overall"]["image"], "accuracy_blank": seen["overall"]["blank"], "groups": seen["groups"],
         "train_s": seen["train_s"],
     }  # fmt: skip
