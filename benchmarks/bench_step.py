@@ -40,7 +40,7 @@ PRESET = {"cpu": "laptop", "cuda": "base"}
 LARGEST_ERROR = 1e-3  # ‖difference‖ / ‖peer's‖ of loss and gradients
 CHECKED_IMAGES = 64
 ROWS = ("parts", "usual", "captions")
-BATCH_SIZE = {("laptop", "cpu"): 128, ("base", "cpu"): 4, ("laptop", "cuda"): 512, ("base", "cuda"): 512}
+BATCH_SIZE = {("laptop", "cpu"): 128, ("base", "cpu"): 16, ("laptop", "cuda"): 512, ("base", "cuda"): 512}
 
 
 class Setup:
