@@ -81,9 +81,12 @@ class Setup:
         return [self.shards[i] for i in range(self.batch_size)]
 
 
-def stepper(parameters, loss_of: Callable, batches: Iterator) -> Callable[[], None]:
+def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+
+def stepper(optimizer: torch.optim.Optimizer, loss_of: Callable, batches: Iterator) -> Callable[[], None]:
     """A function that takes the next batch and makes one step of it."""
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
 
     def step() -> None:
         loss_of(next(batches)).backward()
@@ -187,18 +190,22 @@ def bench_usual(setup: Setup, repeats: int) -> dict:
         raise SystemExit(f"{setup.config.preset}: the two models differ by {errors}; no speed is measured")
     # First the model's settings, on a batch in memory; then, with the best of them, the loader's.
     settings = {}
-    for attention, channels_last, longest in product(("sdpa", "eager"), (True, False), (True, False)):
+    for attention in ("sdpa", "eager"):  # settings share a model: one each of `base` would not fit into 24 GB
         model = setup.new_peer(attention)
-        batches = cycle([next(usual_batches(setup, longest, 0))])
-        step = stepper(model.parameters(), usual_loss(setup, model, channels_last), batches)
-        settings[attention, channels_last, longest] = step
+        optimizer = adamw(model)
+        for channels_last, longest in product((True, False), (True, False)):
+            batches = cycle([next(usual_batches(setup, longest, 0))])
+            step = stepper(optimizer, usual_loss(setup, model, channels_last), batches)
+            settings[attention, channels_last, longest] = step
     trial = interleave(settings, repeats=max(2, repeats // 5), warmup=1)
     fastest = min(trial, key=lambda key: np.median(trial[key]))
+    settings.clear()
     steps = {}
+    model = setup.new_peer(fastest[0])
+    optimizer = adamw(model)
     for workers in (8, 14) if setup.device.type == "cuda" else (0, 1, 2):
-        model = setup.new_peer(fastest[0])
         loss, batches = usual_loss(setup, model, fastest[1]), usual_batches(setup, fastest[2], workers)
-        steps[f"usual, {workers} workers"] = stepper(model.parameters(), loss, batches)
+        steps[f"usual, {workers} workers"] = stepper(optimizer, loss, batches)
     model = setup.new_model()
     with_loader, in_memory = our_steps(setup, model, batch, len(steps) * repeats)
     times = interleave(steps | {"ours": with_loader, "ours, data in memory": in_memory}, repeats)
@@ -258,7 +265,8 @@ def our_steps(setup: Setup, model: PosMaskModel, batch: Batch, num_steps: int) -
         micro_batch_size=setup.batch_size, rank=0, world_size=1, num_steps=num_steps + 100,
     )  # fmt: skip
     loss = our_loss(setup, model)
-    return stepper(model.parameters(), loss, iter(loader)), stepper(model.parameters(), loss, cycle([batch]))
+    optimizer = adamw(model)
+    return stepper(optimizer, loss, iter(loader)), stepper(optimizer, loss, cycle([batch]))
 
 
 def bench_captions(setup: Setup, repeats: int) -> dict:
@@ -280,7 +288,7 @@ def bench_captions(setup: Setup, repeats: int) -> dict:
         model = setup.new_model()
         batch = setup.collate(setup.view(**changes))(samples, 0)
         masked_tokens[name] = int(mask_batch(batch, setup.plan, 0).num_masked)
-        steps[name] = stepper(model.parameters(), our_loss(setup, model), cycle([batch]))
+        steps[name] = stepper(adamw(model), our_loss(setup, model), cycle([batch]))
     times = interleave(steps, repeats)
     gain = {name: ratio(times["1 caption"], times[name]) * masked_tokens[name] / masked_tokens["1 caption"]
             for name in views}  # fmt: skip

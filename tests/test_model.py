@@ -193,6 +193,33 @@ def test_a_step_equals_the_dense_computation(model):
                 assert param.grad is None or not param.grad.any()
 
 
+@pytest.mark.parametrize("caption_image", [[0, 1, 2, 1], [0, 0, 1, 2]], ids=["unsorted", "sorted"])
+def test_attention_as_on_a_gpu_gives_the_same_gradients(model, monkeypatch, poisoned_memory, caption_image):
+    """All ways in which the model calls the kernel, in Triton's interpreter, against the path of a CPU."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the kernel is compiled here; test_on_gpu.py runs it")
+    tokens, starts, _ = packed()
+    images = torch.randn(3, CONFIG.num_image_tokens, 32, generator=torch.Generator().manual_seed(0))
+    index = torch.tensor([1, 4, 9, 11, 0, 0])
+    live = torch.arange(6) < 4
+    in_order = caption_image == sorted(caption_image)
+
+    def gradients():
+        packing = Packing.of(starts, len(tokens), max(LENGTHS))
+        args = model.encode_text(tokens, packing), packing, images, torch.tensor(caption_image, dtype=torch.int32)
+        rows, fused = model.fuse(*args, index, live, in_order=in_order), model.fuse(*args, in_order=in_order)
+        model.zero_grad()
+        (torch.where(live[:, None], rows, 0).square().sum() + fused.square().sum()).backward()
+        assert rows.isfinite().all()
+        return rows[live], fused, *(p.grad.clone() for p in model.parameters() if p.grad is not None)
+
+    truth = gradients()
+    monkeypatch.setattr("posmask.train.attention.resolve", lambda *_: "triton")
+    for ours, true in zip(gradients(), truth, strict=True):
+        torch.testing.assert_close(ours, true, atol=2e-5 * float(true.abs().max()), rtol=1e-5)
+
+
 def test_batch_norm_keeps_fp32_statistics_under_bf16():
     torch.manual_seed(0)
     ours, theirs = BatchNorm2d(6), nn.BatchNorm2d(6)
