@@ -204,20 +204,22 @@ def test_attention_as_on_a_gpu_gives_the_same_gradients(model, monkeypatch, pois
     index = torch.tensor([1, 4, 9, 11, 0, 0])
     live = torch.arange(6) < 4
     in_order = caption_image == sorted(caption_image)
+    weight = torch.randn(len(tokens), 32, generator=torch.Generator().manual_seed(1))
 
     def gradients():
         packing = Packing.of(starts, len(tokens), max(LENGTHS))
         args = model.encode_text(tokens, packing), packing, images, torch.tensor(caption_image, dtype=torch.int32)
         rows, fused = model.fuse(*args, index, live, in_order=in_order), model.fuse(*args, in_order=in_order)
         model.zero_grad()
-        (torch.where(live[:, None], rows, 0).square().sum() + fused.square().sum()).backward()
+        ((weight[:6] * torch.where(live[:, None], rows, 0)).sum() + (weight * fused).sum()).backward()
         assert rows.isfinite().all()
         return rows[live], fused, *(p.grad.clone() for p in model.parameters() if p.grad is not None)
 
     truth = gradients()
     monkeypatch.setattr("posmask.train.attention.resolve", lambda *_: "triton")
     for ours, true in zip(gradients(), truth, strict=True):
-        torch.testing.assert_close(ours, true, atol=2e-5 * float(true.abs().max()), rtol=1e-5)
+        # Of the bias of keys, which softmax does not see, the gradient is rounding alone.
+        torch.testing.assert_close(ours, true, atol=1e-6 + 2e-5 * float(true.abs().max()), rtol=1e-5)
 
 
 def test_batch_norm_keeps_fp32_statistics_under_bf16():
