@@ -16,7 +16,7 @@ from torch import Tensor
 
 MAX_KEYS = 256  # of one sequence: a tile of keys, one of values and their gradients live in registers
 MAX_HEAD_WIDTH = 128
-ENOUGH_PROGRAMS = 2048  # for a GPU of 132 processors, each of which runs about 16 at a time
+ENOUGH_PROGRAMS = 2048  # beyond this the queries of a sequence are not split: each split loads the keys again
 
 
 @triton.jit
@@ -27,6 +27,21 @@ def _weights(query, key, num_keys, scale, PRECISION: tl.constexpr):
     scores = tl.where(is_key[None, :], scores, float("-inf"))
     weights = tl.exp(scores - tl.max(scores, axis=1)[:, None])
     return weights / tl.sum(weights, axis=1)[:, None]
+
+
+@triton.jit
+def _tiles_of_keys(
+    key, value, key_starts, sequence, columns, has_column, key_stride, value_stride, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """Keys and values of a sequence, (BLOCK_K, BLOCK_D) each, its first row and its number of rows."""
+    first_key = tl.load(key_starts + sequence)
+    num_keys = tl.load(key_starts + sequence + 1) - first_key
+    at_key = tl.arange(0, BLOCK_K)[:, None]
+    is_key = (at_key < num_keys) & has_column
+    first_key = first_key.to(tl.int64)
+    k = tl.load(key + first_key * key_stride + at_key * key_stride + columns, mask=is_key, other=0.0)
+    v = tl.load(value + first_key * value_stride + at_key * value_stride + columns, mask=is_key, other=0.0)
+    return k, v, first_key, num_keys
 
 
 @triton.jit
@@ -48,14 +63,10 @@ def _forward_kernel(
     columns = tl.arange(0, BLOCK_D)[None, :]
     has_column = columns < WIDTH
     query, out = query + head * WIDTH, out + head * WIDTH
-    first_key = tl.load(key_starts + sequence)
-    num_keys = tl.load(key_starts + sequence + 1) - first_key
-    at_key = tl.arange(0, BLOCK_K)[:, None]
-    is_key = (at_key < num_keys) & has_column
-    key += first_key.to(tl.int64) * key_stride + head * WIDTH
-    value += first_key.to(tl.int64) * value_stride + head * WIDTH
-    k = tl.load(key + at_key * key_stride + columns, mask=is_key, other=0.0)
-    v = tl.load(value + at_key * value_stride + columns, mask=is_key, other=0.0)
+    k, v, _, num_keys = _tiles_of_keys(
+        key + head * WIDTH, value + head * WIDTH, key_starts, sequence, columns, has_column, key_stride, value_stride,
+        BLOCK_K,
+    )  # fmt: skip
     first, last = tl.load(query_starts + sequence), tl.load(query_starts + sequence + 1)
     for start in range(first + tl.program_id(1) * BLOCK_Q, last, tl.num_programs(1) * BLOCK_Q):
         rows, is_query = _block_of_queries(order, start, last, HAS_ORDER, BLOCK_Q)
@@ -77,14 +88,10 @@ def _backward_kernel(
     columns = tl.arange(0, BLOCK_D)[None, :]
     has_column = columns < WIDTH
     query, grad, grad_query = query + head * WIDTH, grad + head * WIDTH, grad_query + head * WIDTH
-    first_key = tl.load(key_starts + sequence)
-    num_keys = tl.load(key_starts + sequence + 1) - first_key
-    at_key = tl.arange(0, BLOCK_K)[:, None]
-    is_key = (at_key < num_keys) & has_column
-    key += first_key.to(tl.int64) * key_stride + head * WIDTH
-    value += first_key.to(tl.int64) * value_stride + head * WIDTH
-    k = tl.load(key + at_key * key_stride + columns, mask=is_key, other=0.0)
-    v = tl.load(value + at_key * value_stride + columns, mask=is_key, other=0.0)
+    k, v, first_key, num_keys = _tiles_of_keys(
+        key + head * WIDTH, value + head * WIDTH, key_starts, sequence, columns, has_column, key_stride, value_stride,
+        BLOCK_K,
+    )  # fmt: skip
     sum_key, sum_value = tl.zeros([BLOCK_K, BLOCK_D], tl.float32), tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     first, last = tl.load(query_starts + sequence), tl.load(query_starts + sequence + 1)
     for start in range(first, last, BLOCK_Q):
@@ -100,7 +107,9 @@ def _backward_kernel(
         of_query = tl.dot(of_scores, k, input_precision=PRECISION)
         at = grad_query + rows * out_stride + columns
         tl.store(at, of_query.to(grad_query.dtype.element_ty), mask=is_query & has_column)
-    offset = first_key.to(tl.int64) * out_stride + head * WIDTH
+    at_key = tl.arange(0, BLOCK_K)[:, None]
+    is_key = (at_key < num_keys) & has_column
+    offset = first_key * out_stride + head * WIDTH
     at = at_key * out_stride + columns
     tl.store(grad_key + offset + at, sum_key.to(grad_key.dtype.element_ty), mask=is_key)
     tl.store(grad_value + offset + at, sum_value.to(grad_value.dtype.element_ty), mask=is_key)
@@ -117,7 +126,9 @@ class RaggedAttention(torch.autograd.Function):
 
     Keys of sequence s are the rows key_starts[s] to key_starts[s+1], its queries the rows order[i] (or i, without
     `order`) for i from query_starts[s] to query_starts[s+1]. Every row is the key of some sequence; a query of none
-    gets zeros and passes no gradient on, which `has_spare_rows` announces.
+    gets zeros and passes no gradient on, which `has_spare_rows` announces. query, key, value: one type that `fits`, the
+    result and the gradients have it too, sums are fp32; order (Q,) int64; query_starts, key_starts (S+1,) int32;
+    max_queries, max_keys: bounds of the rows of one sequence, known to the host.
     """
 
     @staticmethod
@@ -133,7 +144,7 @@ class RaggedAttention(torch.autograd.Function):
             "NUM_HEADS": num_heads, "WIDTH": width, "HAS_ORDER": order is not None,
             "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",  # of no meaning in half precision
             "BLOCK_Q": 16 if max_queries <= 32 else 32, "BLOCK_K": block_k, "BLOCK_D": block_d,
-            # The gradients of a tile of keys fill about half of a program's registers.
+            # With half as many the gradients of a tile of keys spill from the registers (ptxas, sm_90).
             "num_warps": min(8, max(1, block_k * block_d * query.element_size() // 2048)), "num_stages": 1,
         }  # fmt: skip
         ctx.has_spare_rows = has_spare_rows

@@ -33,6 +33,14 @@ def gradients(context, inputs, live=None):
     return torch.autograd.grad((context * weight).sum(), inputs)
 
 
+def assert_same(context, truth, leaves, live=None):
+    """Rows that are live and, of these, the gradients in the leaves."""
+    check = assert_equal[context.dtype]
+    check(*(x if live is None else x[live] for x in (context, truth)))
+    for ours, theirs in zip(gradients(context, leaves, live), gradients(truth, leaves, live), strict=True):
+        check(ours, theirs)
+
+
 @pytest.fixture(params=["torch", "triton"])
 def backend(request, poisoned_memory):
     if request.param == "triton" and importlib.util.find_spec("triton") is None:
@@ -71,11 +79,7 @@ def test_equals_attention_one_by_one(backend, case, width):
     is_sorted = bool((owner.diff() >= 0).all())
     most = int(owner.bincount().max())
     context = Ragged(owner, starts, most, max(lengths), is_sorted=is_sorted)(*inputs, HEADS, backend)
-    truth = one_by_one(owner, starts, *inputs)
-    check = assert_equal[context.dtype]
-    check(context, truth)
-    for ours, theirs in zip(gradients(context, leaves), gradients(truth, leaves), strict=True):
-        check(ours, theirs)
+    assert_same(context, one_by_one(owner, starts, *inputs), leaves)
 
 
 @pytest.mark.parametrize("owner", [[0, 2, 2, 3, 0, 0], [2, 0, 3, 2, 0, 0], [0] * 6], ids=["sorted", "unsorted", "one"])
@@ -87,12 +91,8 @@ def test_rows_that_are_not_live_stay_finite_and_add_nothing(backend, owner, num_
     starts = torch.tensor([0, 3, 4, 9, 12], dtype=torch.int32, device=owner.device)
     is_sorted = bool((owner[:num_live].diff() >= 0).all())
     context = Ragged(owner, starts, 6, 5, is_sorted=is_sorted, live=live)(*inputs, HEADS, backend)
-    truth = one_by_one(owner, starts, *inputs)
     assert context.isfinite().all()
-    check = assert_equal[context.dtype]
-    check(context[live], truth[live])
-    for ours, theirs in zip(gradients(context, leaves, live), gradients(truth, leaves, live), strict=True):
-        check(ours, theirs)
+    assert_same(context, one_by_one(owner, starts, *inputs), leaves, live)
 
 
 def test_few_sequences_with_many_queries_are_shared_by_programs(backend):
@@ -102,12 +102,7 @@ def test_few_sequences_with_many_queries_are_shared_by_programs(backend):
     starts = torch.tensor([0, 9], dtype=torch.int32, device=owner.device)
     context = Ragged(owner, starts, 500, 9, is_sorted=True)(*inputs, HEADS, backend)
     heads = (x.unflatten(1, (HEADS, -1)).transpose(0, 1) for x in inputs)
-    truth = F.scaled_dot_product_attention(*heads).transpose(0, 1).flatten(1)
-    check = assert_equal[context.dtype]
-    check(context, truth)
-    ours, theirs = (gradients(x, leaves) for x in (context, truth))
-    for a, b in zip(ours, theirs, strict=True):
-        check(a, b)
+    assert_same(context, F.scaled_dot_product_attention(*heads).transpose(0, 1).flatten(1), leaves)
 
 
 def test_sequences_longer_than_a_tile_take_the_other_path(backend):

@@ -43,7 +43,10 @@ class Ragged:
     def __call__(
         self, query_QD: Tensor, key_KD: Tensor, value_KD: Tensor, num_heads: int, backend: str = "auto"
     ) -> Tensor:
-        """(Q, D) x (K, D) x (K, D) -> (Q, D)."""
+        """(Q, D) x (K, D) x (K, D) -> (Q, D), in the type of the arguments.
+
+        backend: as in `resolve`, but what the kernel does not take (fp64, more than 256 keys) is never refused.
+        """
         if resolve(backend, query_QD, "ragged_attention") == "triton":
             from posmask.kernels import ragged_attention_triton as kernels
 
