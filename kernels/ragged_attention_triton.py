@@ -144,7 +144,7 @@ class RaggedAttention(torch.autograd.Function):
             "NUM_HEADS": num_heads, "WIDTH": width, "HAS_ORDER": order is not None,
             "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",  # of no meaning in half precision
             "BLOCK_Q": 16 if max_queries <= 32 else 32, "BLOCK_K": block_k, "BLOCK_D": block_d,
-            # With half as many the gradients of a tile of keys spill from the registers (ptxas, sm_90).
+            # With half as many, the backward pass needs all registers or spills (ptxas, sm_90).
             "num_warps": min(8, max(1, block_k * block_d * query.element_size() // 2048)), "num_stages": 1,
         }  # fmt: skip
         ctx.has_spare_rows = has_spare_rows
