@@ -21,15 +21,19 @@ RESULTS = Path(__file__).resolve().parent / "results"
 Fns = dict[str, Callable[[], object]]
 
 
-def interleave(fns: Fns, repeats: int = 20, warmup: int = 2) -> dict[str, list[float]]:
+def interleave(fns: Fns, repeats: int = 20, warmup: int = 2, untimed: int = 0) -> dict[str, list[float]]:
     """Milliseconds of each function in each of `repeats` rounds A B C A B C …, so that drift meets all alike.
 
-    On a GPU: device time by events, the L2 cache flushed before each call.
+    untimed: calls of a function before each one that is timed. A loader works ahead, in the turns of the others too;
+    these use that up, and it is at work again as it is in a run. On a GPU: device time by events, the L2 cache flushed
+    before each call.
     """
     samples = {name: [] for name in fns}
     clock = _clock_cuda if torch.cuda.is_available() else _clock_cpu
     for round_ in range(warmup + repeats):
         for name, fn in fns.items():
+            for _ in range(untimed):
+                fn()
             elapsed_ms = clock(fn)
             if round_ >= warmup:
                 samples[name].append(elapsed_ms)

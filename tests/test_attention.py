@@ -113,6 +113,25 @@ def test_sequences_longer_than_a_tile_take_the_other_path(backend):
     assert_equal[context.dtype](context, one_by_one(owner, starts, *inputs))
 
 
+def test_bf16_on_a_cpu_is_worked_out_in_fp32_and_rounded_once():
+    lengths, owner = CASES["itself"]
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(n, 48, generator=generator).bfloat16().requires_grad_() for n in (12, 12, 12)]
+    exact = [leaf.detach().float().requires_grad_() for leaf in leaves]
+    owner, starts = torch.tensor(owner), torch.tensor([0, *lengths]).cumsum(0).int()
+    context = Ragged(owner, starts, 5, 5, is_sorted=True)(*leaves, HEADS)
+    truth = one_by_one(owner, starts, *exact)
+    weight = torch.randn(context.shape, generator=generator).bfloat16()
+    pairs = [(context, truth)]
+    pairs += zip(
+        torch.autograd.grad((context * weight).sum(), leaves),
+        torch.autograd.grad((truth * weight.float()).sum(), exact), strict=True,
+    )  # fmt: skip
+    for ours, theirs in pairs:
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.float(), theirs, rtol=2**-8, atol=2e-5)  # twice bf16's rounding
+
+
 COMPILE = """
 from posmask.kernels import ragged_attention_triton as kernels
 

@@ -25,7 +25,8 @@ def flags(small_run, out, *data, task="vqa", steps=4):
     argv = ["--task", task, "--init", str(small_run), "--out", str(out), "--steps", str(steps), "--batch-size", "16"]
     argv += [word for folder in data for word in ("--data", str(folder))]
     return [*argv, "--log-every", "1", "--checkpoint-every", "2", "--eval-images", "16", "--snapshots", "0",
-            "--min-answers", "1", "--lr", "1e-3", "--warmup-steps", "0", "--captions-per-image", "2"]  # fmt: skip
+            "--min-answers", "1", "--lr", "1e-3", "--warmup-steps", "0", "--captions-per-image", "2",
+            "--dtype", "fp32"]  # fmt: skip
 
 
 def lines_of(run):

@@ -25,7 +25,7 @@ def flags(scenes, out, *more, steps=6, mask="noun"):
     return [
         "--mask", mask, "--data", f"{scenes}/train", "--out", str(out), "--steps", str(steps), "--batch-size", "16",
         "--log-every", "1", "--checkpoint-every", "3", "--eval-every", "3", "--eval-images", "16", "--snapshots", "0",
-        "--keep-checkpoints", "9", *more,
+        "--keep-checkpoints", "9", "--dtype", "fp32", *more,
     ]  # fmt: skip
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import queue
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +32,7 @@ from posmask.train.shard import Shard
 log = logging.getLogger("posmask")
 
 NUM_DOWNLOADS = 4  # shards copied at the same time
+LOWEST_PRIORITY = 19  # niceness
 
 
 @dataclass(frozen=True)
@@ -346,6 +349,9 @@ class Loader:
                 continue
 
     def _produce(self) -> None:
+        if self.collate.device.type == "cpu" and sys.platform == "linux":  # elsewhere niceness is that of the process
+            # Takes what the step leaves of the cores: a thread of equal rights holds up all that share an operation.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
         try:
             with torch.cuda.stream(self._stream):  # None: no other stream
                 for batch in self._batches():
