@@ -349,9 +349,8 @@ class Loader:
                 continue
 
     def _produce(self) -> None:
-        if self.collate.device.type == "cpu" and sys.platform == "linux":  # elsewhere niceness is that of the process
-            # Takes what the step leaves of the cores: a thread of equal rights holds up all that share an operation.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+        if self.collate.device.type == "cpu":
+            _leave_the_cores_to_the_step()
         try:
             with torch.cuda.stream(self._stream):  # None: no other stream
                 for batch in self._batches():
@@ -376,6 +375,17 @@ class Loader:
             for start in range(first, first + per_rank, self.micro_batch_size):
                 batch = self.collate(self.shards.read(order[start : start + self.micro_batch_size]), epoch)
                 yield batch.to(batch.images.device, batch.images.dtype)
+
+
+def _leave_the_cores_to_the_step() -> None:
+    """For a thread that prepares batches where the model runs on a CPU too.
+
+    With a second team of OpenMP threads there would be more of them than cores; those of the step then sleep whenever
+    they wait for each other, which makes it a quarter slower. And a thread of equal rights holds both up at its turn.
+    """
+    torch.set_num_threads(1)  # of this thread
+    if sys.platform == "linux":  # elsewhere niceness is that of the process
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
 
 
 def evaluation_batches(
