@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import BertTokenizerFast, DataCollatorForLanguageModeling
 
 from posmask.train.config import parse_args
-from posmask.train.engine import keep_freed_memory
+from posmask.train.engine import tune_cpu
 from posmask.train.loader import Batch, Collator, Loader, Shards, View
 from posmask.train.model import PosMaskModel
 from posmask.train.objectives import mask_batch, masked_lm
@@ -327,7 +327,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     if device.type == "cpu":
-        keep_freed_memory()  # as a run does; both sides gain
+        tune_cpu()  # as a run does; both sides gain
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         if args.data is None:

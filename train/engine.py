@@ -73,24 +73,24 @@ def start_processes() -> World:
     else:
         # The shared-memory all-reduce is compiled on first use (and fails where there is no compiler); gloo is ready.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # Launchers set one OpenMP thread a rank; the ranks share the cores instead.
-        torch.set_num_threads(num_cores())
-        keep_freed_memory()
+        tune_cpu()
         device = torch.device("cpu")
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     return World(dist.get_rank(), local_rank, dist.get_world_size(), device)
 
 
-def keep_freed_memory() -> None:
-    """Has glibc keep what a training step on a CPU frees, for the next step.
+def tune_cpu() -> None:
+    """Threads and memory of a process that trains on a CPU.
 
-    Else it hands large blocks back to the kernel, which gives them out again page by page and zeroed: 26,000 page
-    faults and a tenth of each step of the laptop preset. Other C libraries have no `mallopt` and are left as they are.
+    Launchers set one OpenMP thread a rank; the ranks share the cores instead. And glibc is to keep what a step frees
+    for the next one. Else it hands large blocks back to the kernel, which gives them out again page by page and zeroed:
+    26,000 page faults and a tenth of each step of the laptop preset. Other C libraries have no `mallopt`.
     """
+    torch.set_num_threads(num_cores())
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        for parameter, limit in (M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1):
-            mallopt(parameter, limit)
+        for parameter, limit_bytes in (M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1):
+            mallopt(parameter, limit_bytes)
 
 
 # What --batch-size, --micro-batch-size, --dtype and --zero-stage (the key "stage" of "zero_optimization") stand for.
