@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 
 from posmask.kernels.philox import U32
 from posmask.train.decode import BadSample, CpuDecoder, DaliDecoder, UndecodableImage
-from posmask.train.loader import Collator, Loader, Shards, View, evaluation_batches
+from posmask.train.loader import LOWEST_PRIORITY, Collator, Loader, Shards, View, evaluation_batches
 from posmask.train.masking import parse_mask
 from posmask.train.objectives import mask_batch
 
@@ -65,6 +67,27 @@ def test_one_rank_and_two_see_the_same(shards, spec):
                 ))  # fmt: skip
             assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
             assert len(results[0][2]) > 0
+
+
+def test_on_a_cpu_the_thread_leaves_the_cores_to_the_step(shards):
+    found = []
+
+    class Watched(Collator):
+        def __call__(self, *args):
+            niceness = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+            found.append((torch.get_num_threads(), niceness))
+            return super().__call__(*args)
+
+    before = torch.get_num_threads(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    torch.set_num_threads(2)
+    loader = Loader(shards, Watched(VIEW, 0, 32, "cpu", CPU), seed=3, batch_size=32, micro_batch_size=32, rank=0,
+                    world_size=1, num_steps=2)  # fmt: skip
+    assert len(list(loader)) == 2
+    loader.close()
+    after = torch.get_num_threads(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    torch.set_num_threads(before[0])
+    assert found == [(1, LOWEST_PRIORITY)] * 2
+    assert after == (2, before[1])
 
 
 def test_an_epoch_is_a_permutation(shards):

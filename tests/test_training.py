@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from posmask.train import pretrain
+from posmask.train import config, pretrain
 from posmask.train.checkpoint import checkpoints
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -125,6 +125,15 @@ def test_sigterm_saves_and_the_same_command_continues(scenes, tmp_path, monkeypa
     monkeypatch.undo()
     assert pretrain.main(flags(scenes, stopped)) == 0
     assert_same(whole, stopped)
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "has_instructions", "dtype"), [(True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")]
+)
+def test_the_type_is_what_the_machine_is_fast_in(monkeypatch, has_gpu, has_instructions, dtype):
+    monkeypatch.setattr(config, "has_bf16_instructions", lambda: has_instructions)
+    assert config.parse_args(["--mask", "noun"], has_gpu).dtype == dtype
+    assert config.parse_args(["--mask", "noun", "--dtype", "fp32"], has_gpu).dtype == "fp32"
 
 
 @pytest.mark.parametrize("stage", [1, 2])
