@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -69,7 +70,7 @@ def test_one_rank_and_two_see_the_same(shards, spec):
             assert len(results[0][2]) > 0
 
 
-def test_on_a_cpu_the_thread_leaves_the_cores_to_the_step(shards):
+def test_on_a_cpu_the_thread_leaves_the_cores_to_the_step(shards, request):
     found = []
 
     class Watched(Collator):
@@ -78,16 +79,16 @@ def test_on_a_cpu_the_thread_leaves_the_cores_to_the_step(shards):
             found.append((torch.get_num_threads(), niceness))
             return super().__call__(*args)
 
-    before = torch.get_num_threads(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    niceness = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     torch.set_num_threads(2)
     loader = Loader(shards, Watched(VIEW, 0, 32, "cpu", CPU), seed=3, batch_size=32, micro_batch_size=32, rank=0,
                     world_size=1, num_steps=2)  # fmt: skip
     assert len(list(loader)) == 2
     loader.close()
-    after = torch.get_num_threads(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    torch.set_num_threads(before[0])
     assert found == [(1, LOWEST_PRIORITY)] * 2
-    assert after == (2, before[1])
+    assert torch.get_num_threads() == 2
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == niceness
 
 
 def test_an_epoch_is_a_permutation(shards):

@@ -58,7 +58,7 @@ class Ragged:
                 )  # fmt: skip
         dtype, plan = query_QD.dtype, self._rectangles
         if query_QD.device.type == "cpu" and dtype.itemsize == 2:
-            # torch's attention works out in fp32 what it is given in bf16, but takes four times as long over it.
+            # torch's attention works out in fp32 what it is given in bf16, but takes two to four times as long.
             query_QD, key_KD, value_KD = query_QD.float(), key_KD.float(), value_KD.float()
         query = _Arrange.apply(query_QD, plan.query_source, plan.query_place)
         key, value = (

@@ -342,8 +342,8 @@ def settings(args: argparse.Namespace, sizes: dict[str, dict[str, float]], has_g
 
 
 def has_bf16_instructions() -> bool:
-    """Whether this CPU multiplies bf16 itself (avx512_bf16, which AMX implies): a step of base takes half the time
-    then. Where it does not, libraries convert to fp32 and back, and bf16 is the slower type."""
+    """Whether this CPU multiplies bf16 itself (avx512_bf16, which AMX implies): a step of base takes half the time of
+    one in fp32 then. Where it does not, libraries convert to fp32 and back."""
     return torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 

@@ -349,9 +349,9 @@ class Loader:
                 continue
 
     def _produce(self) -> None:
-        if self.collate.device.type == "cpu":
-            _leave_the_cores_to_the_step()
         try:
+            if self.collate.device.type == "cpu":
+                _leave_the_cores_to_the_step()
             with torch.cuda.stream(self._stream):  # None: no other stream
                 for batch in self._batches():
                     if self._stop.is_set():
