@@ -43,8 +43,9 @@ LARGEST_ERROR = 1e-3  # ‖difference‖ / ‖peer's‖ of loss and gradients
 CHECKED_IMAGES = 64
 ROWS = ("parts", "usual", "captions")
 BATCH_SIZE = {("laptop", "cpu"): 128, ("base", "cpu"): 16, ("laptop", "cuda"): 512, ("base", "cuda"): 512}
-# Batches that a loader may have ready. Those of `base` on a CPU take a hundredth of a step to load. On a GPU, whose
-# minutes are few, its loader works in the turns of others too: the share of data in memory is an upper bound there.
+# Batches that the worker processes of the usual pipeline may have ready. Those of `base` on a CPU take a hundredth of a
+# step to load. On a GPU, whose minutes are few, loaders, ours too, work in the turns of others: the share of data in
+# memory is an upper bound there.
 STEPS_AHEAD = {("laptop", "cpu"): 4}
 COUNTED_EPOCHS = 100  # over which masked tokens are averaged: of 16 captions, one draw is off by a quarter
 

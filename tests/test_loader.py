@@ -2,10 +2,8 @@
 
 import io
 import json
-import os
 import shutil
 import threading
-from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ from PIL import Image
 
 from posmask.kernels.philox import U32
 from posmask.train.decode import BadSample, CpuDecoder, DaliDecoder, UndecodableImage
-from posmask.train.loader import LOWEST_PRIORITY, Collator, Loader, Shards, View, evaluation_batches
+from posmask.train.loader import Collator, Loader, Shards, View, evaluation_batches
 from posmask.train.masking import parse_mask
 from posmask.train.objectives import mask_batch
 
@@ -70,25 +68,41 @@ def test_one_rank_and_two_see_the_same(shards, spec):
             assert len(results[0][2]) > 0
 
 
-def test_on_a_cpu_the_thread_leaves_the_cores_to_the_step(shards, request):
-    found = []
+@pytest.mark.parametrize("prefetch", [None, 2])
+def test_batches_are_prepared_ahead_or_when_asked_for(shards, prefetch):
+    """The same ones either way; on a CPU the default is that nothing works beside the step."""
+    prepared, threads = [], set()
 
     class Watched(Collator):
         def __call__(self, *args):
-            niceness = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-            found.append((torch.get_num_threads(), niceness))
+            prepared.append(len(prepared))
+            threads.add(threading.current_thread().name)
             return super().__call__(*args)
 
-    niceness = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
-    torch.set_num_threads(2)
-    loader = Loader(shards, Watched(VIEW, 0, 32, "cpu", CPU), seed=3, batch_size=32, micro_batch_size=32, rank=0,
-                    world_size=1, num_steps=2)  # fmt: skip
-    assert len(list(loader)) == 2
+    def load(**changes):
+        return Loader(shards, Watched(VIEW, 0, 32, "cpu", CPU), seed=3, batch_size=32, micro_batch_size=32, rank=0,
+                      world_size=1, num_steps=9, **changes)  # fmt: skip
+
+    truth = list(load())
+    prepared.clear(), threads.clear()
+    loader = load(prefetch=prefetch)
+    for i, batch in enumerate(loader):
+        assert torch.equal(batch.images, truth[i].images) and torch.equal(batch.tokens, truth[i].tokens)
+        assert prefetch or len(prepared) == i + 1
     loader.close()
-    assert found == [(1, LOWEST_PRIORITY)] * 2
-    assert torch.get_num_threads() == 2
-    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == niceness
+    assert i == 8 and threads == {"loader" if prefetch else threading.current_thread().name}
+
+
+def test_an_error_of_the_loaders_thread_reaches_the_consumer(shards):
+    class Broken(Collator):
+        def __call__(self, *args):
+            raise BadSample("sample 7 is broken")
+
+    loader = Loader(shards, Broken(VIEW, 0, 32, "cpu", CPU), seed=3, batch_size=32, micro_batch_size=32, rank=0,
+                    world_size=1, num_steps=9, prefetch=2)  # fmt: skip
+    with pytest.raises(BadSample, match="sample 7"):
+        next(iter(loader))
+    loader.close()
 
 
 def test_an_epoch_is_a_permutation(shards):
@@ -173,13 +187,14 @@ def test_dali_and_cpu_decoder_agree(shards):
     anchors, shapes = np.full((16, 2), 0.1, np.float32), np.full((16, 2), 0.8, np.float32)
     keys = [str(i) for i in range(16)]
     dali = DaliDecoder(32, 16, CPU)(encoded, anchors, shapes, keys).float()
-    cpu = CpuDecoder(32, CPU)(encoded, anchors, shapes, keys).float()
+    cpu, by_three = (CpuDecoder(32, CPU, n)(encoded, anchors, shapes, keys).float() for n in (1, 3))
+    assert torch.equal(cpu, by_three)
     assert dali.shape == cpu.shape == (16, 32, 32, 3)
     assert (dali - cpu).abs().mean() < 6
     assert (dali - cpu.roll(1, 0)).abs().mean() > 15, "and other images differ"
 
 
-@pytest.mark.parametrize("make", [lambda: CpuDecoder(32, CPU), lambda: DaliDecoder(32, 2, CPU)], ids=["cpu", "dali"])
+@pytest.mark.parametrize("make", [lambda: CpuDecoder(32, CPU, 2), lambda: DaliDecoder(32, 2, CPU)], ids=["cpu", "dali"])
 def test_an_undecodable_image_is_named(make):
     good = io.BytesIO()
     Image.new("RGB", (40, 40), "red").save(good, "JPEG")

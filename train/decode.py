@@ -15,7 +15,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -54,8 +53,7 @@ def make_decoder(decode: str, image_size: int, max_images: int, device: torch.de
         decode = "cpu"
     if decode == "dali" or (decode == "auto" and device.type == "cuda"):
         return DaliDecoder(image_size, max_images, device, num_cores())
-    # A GPU leaves the cores to the decoder; on a CPU the model needs them.
-    return CpuDecoder(image_size, device, num_cores() if device.type == "cuda" else 1)
+    return CpuDecoder(image_size, device, num_cores())
 
 
 def num_cores() -> int:
@@ -120,36 +118,43 @@ class DaliDecoder:
 
 
 class CpuDecoder:
-    """torchvision, one sample at a time in each thread: libjpeg-turbo, and torch's antialiased resize of uint8."""
+    """torchvision: libjpeg-turbo, and torch's antialiased resize of uint8 into the sample's place in the batch."""
 
     def __init__(self, image_size: int, device: torch.device, num_threads: int = 1):
         self.image_size = image_size
         self.device = device
+        self.num_threads = num_threads
         self.map = map
         if num_threads > 1:
-            # Each thread works on a sample of its own; torch would start a team of threads in every one.
+            # Each thread works on samples of its own; torch would start a team of threads in every one.
             self.map = ThreadPoolExecutor(num_threads, "decoder", torch.set_num_threads, (1,)).map
 
     def __call__(self, encoded: list[np.ndarray], anchors: np.ndarray, shapes: np.ndarray, keys: list[str]) -> Tensor:
         size = self.image_size
         pixels = torch.empty(len(encoded), size, size, 3, dtype=torch.uint8)
-
-        def decode(index: int, data: np.ndarray, anchor: list[float], shape: list[float]) -> None:
-            try:
-                pixels[index] = self._decode(data, *anchor, *shape)
-            except RuntimeError as error:
-                raise UndecodableImage(keys[index], index) from error
-
+        places = pixels.permute(0, 3, 1, 2).split(1)
         # Python's numbers: numpy's cost more than the decoding of a small image.
-        for _ in self.map(decode, range(len(encoded)), encoded, anchors.tolist(), shapes.tolist()):
+        crops = list(zip(anchors.tolist(), shapes.tolist(), strict=True))
+
+        def decode_every_nth(first: int) -> None:
+            for index in range(first, len(encoded), self.num_threads):
+                try:
+                    self._decode(encoded[index], *crops[index], places[index])
+                except RuntimeError as error:
+                    raise UndecodableImage(keys[index], index) from error
+
+        # One call for each thread and not for each sample: handing over costs as much as decoding a small image.
+        for _ in self.map(decode_every_nth, range(self.num_threads)):
             pass
         return pixels.to(self.device)
 
-    def _decode(self, data: np.ndarray, x: float, y: float, w: float, h: float) -> Tensor:
-        """The crop at x, y of size w, h as (S, S, 3) uint8. Raises RuntimeError where `data` is no JPEG."""
+    def _decode(self, data: np.ndarray, anchor: list[float], shape: list[float], place: Tensor) -> None:
+        """Fills `place` (1, 3, S, S) with the crop. Raises RuntimeError where `data` is no JPEG."""
         image = decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB)  # (3, height, width), channels last in memory
         height, width = image.shape[1:]
+        (x, y), (w, h) = anchor, shape
         left, right = round(x * width), round((x + w) * width)
         top, bottom = round(y * height), round((y + h) * height)
         image = image[None, :, top : max(bottom, top + 1), left : max(right, left + 1)]
-        return F.interpolate(image, [self.image_size] * 2, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+        # F.interpolate(mode="bilinear", antialias=True), which cannot write to where the result belongs.
+        torch.ops.aten._upsample_bilinear2d_aa.out(image, [self.image_size] * 2, False, None, None, out=place)

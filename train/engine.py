@@ -25,6 +25,7 @@ from posmask.train.model import PosMaskModel
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+KEPT_KERNELS = 100_000  # of oneDNN; 60 steps of the laptop preset make some thousands, in less than 100 MB
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
@@ -81,13 +82,16 @@ def start_processes() -> World:
 
 
 def tune_cpu() -> None:
-    """Threads and memory of a process that trains on a CPU.
+    """Threads, memory and compiled kernels of a process that trains on a CPU; before its first convolution.
 
     Launchers set one OpenMP thread a rank; the ranks share the cores instead. And glibc is to keep what a step frees
     for the next one. Else it hands large blocks back to the kernel, which gives them out again page by page and zeroed:
-    26,000 page faults and a tenth of each step of the laptop preset. Other C libraries have no `mallopt`.
+    26,000 page faults and a tenth of each step of the laptop preset. Other C libraries have no `mallopt`. oneDNN
+    compiles each operation anew for each number of tokens, which differs from batch to batch, and by default keeps
+    1,024 of them: fewer than an epoch has, so that a step compiled 3 to 5 % of its time.
     """
     torch.set_num_threads(num_cores())
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_KERNELS))
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         for parameter, limit_bytes in (M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1):
             mallopt(parameter, limit_bytes)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import queue
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +30,6 @@ from posmask.train.shard import Shard
 log = logging.getLogger("posmask")
 
 NUM_DOWNLOADS = 4  # shards copied at the same time
-LOWEST_PRIORITY = 19  # niceness
 
 
 @dataclass(frozen=True)
@@ -305,7 +302,7 @@ def _draw(purpose: int, ids: np.ndarray, captions: np.ndarray, seed: int, epoch:
 
 
 class Loader:
-    """Micro-batches of one rank, prepared by a thread ahead of the consumer.
+    """Micro-batches of one rank.
 
     Step s takes the s-th run of `batch_size` samples of the endless sequence of epochs (an epoch's rest that does not
     fill a batch is left out); rank r of W takes the r-th part of it, in `accumulation` micro-batches.
@@ -313,21 +310,33 @@ class Loader:
 
     def __init__(
         self, shards: Shards, collate: Collator, *, seed: int, batch_size: int, micro_batch_size: int,
-        rank: int, world_size: int, start_step: int = 0, num_steps: int, prefetch: int = 2,
+        rank: int, world_size: int, start_step: int = 0, num_steps: int, prefetch: int | None = None,
     ):  # fmt: skip
+        """prefetch: micro-batches that a thread prepares ahead of the consumer; 0: each is prepared when asked for.
+
+        None: 2 for a GPU. On a CPU 0: the thread would take a core from a training step whose OpenMP threads all wait
+        for the one without, so step and preparation take turns at all cores instead.
+        """
         assert len(shards) >= batch_size, "an epoch without a batch"
         self.shards, self.collate = shards, collate
         self.seed, self.batch_size, self.micro_batch_size = seed, batch_size, micro_batch_size
         self.rank, self.world_size = rank, world_size
         self.steps = range(start_step, num_steps)
+        on_gpu = collate.device.type == "cuda"
+        if prefetch is None:
+            prefetch = 2 if on_gpu else 0
         self._queue: queue.Queue = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
         # Copies and decoding have a stream of their own; on that of the training step they would wait behind it.
-        self._stream = torch.cuda.Stream(collate.device) if collate.device.type == "cuda" else None
-        self._thread = threading.Thread(target=self._produce, name="loader", daemon=True)
-        self._thread.start()
+        self._stream = torch.cuda.Stream(collate.device) if on_gpu and prefetch else None
+        self._thread = threading.Thread(target=self._produce, name="loader", daemon=True) if prefetch else None
+        if self._thread is not None:
+            self._thread.start()
 
     def __iter__(self) -> Iterator[Batch]:
+        if self._thread is None:
+            yield from self._batches()
+            return
         while (item := self._queue.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
@@ -339,10 +348,10 @@ class Loader:
             yield batch
 
     def close(self) -> None:
-        """Stops the thread; a decoder may not be torn down under it."""
+        """Stops the thread, if there is one; a decoder may not be torn down under it."""
         self._stop.set()
         self.shards.cancel_prefetch()
-        while self._thread.is_alive():
+        while self._thread is not None and self._thread.is_alive():
             try:
                 self._queue.get(timeout=0.05)
             except queue.Empty:
@@ -350,8 +359,6 @@ class Loader:
 
     def _produce(self) -> None:
         try:
-            if self.collate.device.type == "cpu":
-                _leave_the_cores_to_the_step()
             with torch.cuda.stream(self._stream):  # None: no other stream
                 for batch in self._batches():
                     if self._stop.is_set():
@@ -375,17 +382,6 @@ class Loader:
             for start in range(first, first + per_rank, self.micro_batch_size):
                 batch = self.collate(self.shards.read(order[start : start + self.micro_batch_size]), epoch)
                 yield batch.to(batch.images.device, batch.images.dtype)
-
-
-def _leave_the_cores_to_the_step() -> None:
-    """For a thread that prepares batches where the model runs on a CPU too.
-
-    With a second team of OpenMP threads there would be more of them than cores; those of the step then sleep whenever
-    they wait for each other, which makes it a quarter slower. And a thread of equal rights holds both up at its turn.
-    """
-    torch.set_num_threads(1)  # of this thread
-    if sys.platform == "linux":  # elsewhere niceness is that of the process
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
 
 
 def evaluation_batches(
