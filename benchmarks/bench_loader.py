@@ -156,7 +156,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cpu":  # what one core does, here and there: peers would get more of them by worker processes
         torch.set_num_threads(1)
-        os.environ["LOCAL_WORLD_SIZE"] = str(len(os.sched_getaffinity(0)))
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     packages = "torchvision", "pillow", "nvidia-dali-cuda130", "open_clip_torch", "mosaicml-streaming"
     if args.photos:
         photos = [at_full_size(path) for path in sorted(args.photos.glob("*.jpg"))[:64]]

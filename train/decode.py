@@ -136,21 +136,22 @@ class CpuDecoder:
         # Python's numbers: numpy's cost more than the decoding of a small image.
         crops = list(zip(anchors.tolist(), shapes.tolist(), strict=True))
 
+        @torch.inference_mode()  # of each thread; without it none may write to what was made in that mode
         def decode_every_nth(first: int) -> None:
             for index in range(first, len(encoded), self.num_threads):
                 try:
-                    self._decode(encoded[index], *crops[index], places[index])
+                    image = decode_jpeg(torch.from_numpy(encoded[index]), ImageReadMode.RGB)
                 except RuntimeError as error:
                     raise UndecodableImage(keys[index], index) from error
+                self._resize(image, *crops[index], places[index])
 
         # One call for each thread and not for each sample: handing over costs as much as decoding a small image.
         for _ in self.map(decode_every_nth, range(self.num_threads)):
             pass
         return pixels.to(self.device)
 
-    def _decode(self, data: np.ndarray, anchor: list[float], shape: list[float], place: Tensor) -> None:
-        """Fills `place` (1, 3, S, S) with the crop. Raises RuntimeError where `data` is no JPEG."""
-        image = decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB)  # (3, height, width), channels last in memory
+    def _resize(self, image: Tensor, anchor: list[float], shape: list[float], place: Tensor) -> None:
+        """Fills `place` (1, 3, S, S) with the crop of `image` (3, height, width), both channels last in memory."""
         height, width = image.shape[1:]
         (x, y), (w, h) = anchor, shape
         left, right = round(x * width), round((x + w) * width)
