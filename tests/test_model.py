@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM
 from posmask.kernels.mask_tokens import MaskedTokens
 from posmask.train.attention import Ragged
 from posmask.train.config import PRESETS
-from posmask.train.model import BatchNorm2d, Packing, PosMaskModel, _reward
+from posmask.train.model import Packing, PosMaskModel, _reward
 from posmask.train.weights import load_image_weights, load_text_weights
 
 CONFIG = dataclasses.replace(
@@ -220,19 +220,6 @@ def test_attention_as_on_a_gpu_gives_the_same_gradients(model, monkeypatch, pois
     for ours, true in zip(gradients(), truth, strict=True):
         # Of the bias of keys, which softmax does not see, the gradient is rounding alone.
         torch.testing.assert_close(ours, true, atol=1e-6 + 2e-5 * float(true.abs().max()), rtol=1e-5)
-
-
-def test_batch_norm_keeps_fp32_statistics_under_bf16():
-    torch.manual_seed(0)
-    ours, theirs = BatchNorm2d(6), nn.BatchNorm2d(6)
-    x = torch.randn(4, 6, 5, 5) * 3 + 1
-    torch.testing.assert_close(ours(x), theirs(x), atol=0, rtol=0)
-    ours.weight.data, ours.bias.data = ours.weight.data.bfloat16(), ours.bias.data.bfloat16()
-    y = ours(x.bfloat16())
-    theirs(x.bfloat16().float())
-    assert y.dtype == torch.bfloat16 and ours.running_mean.dtype == torch.float32
-    torch.testing.assert_close(ours.running_mean, theirs.running_mean, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(ours.running_var, theirs.running_var, atol=1e-5, rtol=1e-4)
 
 
 def test_reward_equals_a_slow_loop(model):

@@ -21,19 +21,10 @@ from torch import Tensor, nn
 
 from posmask.kernels.masked_lm_loss import NUM_BINS, MaskedLMLoss, masked_lm_loss
 from posmask.train.attention import Ragged
+from posmask.train.batch_norm import BatchNorm2d
 from posmask.train.config import ModelConfig
 
 TOP_KEYS = 8  # image tokens that count in `Attention.looks`
-
-
-class BatchNorm2d(nn.BatchNorm2d):
-    """Statistics, weight and bias in fp32 whatever the activations are; DeepSpeed casts the parameters to bf16."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight.float(), self.bias.float(),
-            self.training, self.momentum, self.eps,
-        )  # fmt: skip
 
 
 class ImageEncoder(nn.Module):
