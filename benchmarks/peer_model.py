@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertLMPredictionHead
 
+from posmask.train.batch_norm import BatchNorm2d
 from posmask.train.model import PosMaskModel
+
+
+class TorchBatchNorm2d(nn.BatchNorm2d):
+    """torch's batch norm. Its weight and bias are fp32 in a bf16 model too, as under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
+        return F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
 
 
 class PeerModel(nn.Module):
@@ -30,6 +40,9 @@ class PeerModel(nn.Module):
         }  # fmt: skip
         text, fusion = BertConfig(**settings), BertConfig(**settings, is_decoder=True, add_cross_attention=True)
         self.image = copy.deepcopy(model.image)
+        for module in self.image.modules():
+            if isinstance(module, BatchNorm2d):
+                module.__class__ = TorchBatchNorm2d
         self.embeddings = BertEmbeddings(text)
         self.text = nn.ModuleList(BertLayer(text) for _ in model.text)
         self.fusion = nn.ModuleList(BertLayer(fusion) for _ in model.fusion)
@@ -48,7 +61,7 @@ class PeerModel(nn.Module):
     def hidden(self, tokens: Tensor, valid: Tensor, image_BND: Tensor, caption_image: Tensor) -> Tensor:
         """tokens (C, L) int64, valid (C, L) bool -> (C, L, D)."""
         x = self.embeddings(tokens)
-        mask = torch.where(valid[:, None, None], 0.0, torch.finfo(x.dtype).min).to(x.dtype)
+        mask = torch.where(valid[:, None, None], 0.0, torch.finfo(torch.bfloat16).min).to(x.dtype)
         for layer in self.text:
             x = _hidden(layer(x, attention_mask=mask))
         image = image_BND[caption_image.long()]
@@ -68,7 +81,12 @@ def _hidden(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 def place(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The model on `device`, its parameters in `dtype`, its statistics (BatchNorm's) in fp32, as DeepSpeed has them."""
+    """The model on `device`, its parameters in `dtype`, its statistics (BatchNorm's) in fp32, as DeepSpeed has them.
+
+    In fp64 all of it is.
+    """
+    if dtype == torch.float64:
+        return model.to(device, dtype)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model.to(device)

@@ -163,7 +163,7 @@ def test_the_last_layer_on_masked_rows_equals_the_dense_one(model, rows, spare, 
 
 def test_a_step_equals_the_dense_computation(model):
     """The loss and its gradients, when the model takes the masked rows alone, against all rows and plain torch."""
-    model.image = nn.Identity()  # BatchNorm knows no float64
+    model.image = nn.Identity()
     model.double()
     tokens, starts, packing = packed()
     batch = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""Batch normalisation with statistics, weight and bias in fp32, which on a CPU is fast for few channels as well.
+"""Batch normalisation with statistics, weight and bias in fp32, which is fast on a CPU for few channels as well.
 
 There torch gives each thread one row of C sums. Where C floats are no whole number of cache lines, the rows of two
 threads share a line, which changes hands with every pixel; and 12 channels do not fill the vectors of a CPU. `_Folded`
@@ -18,10 +18,10 @@ batch_norm_backward = torch.ops.aten.native_batch_norm_backward
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """In fp32 whatever the activations are; DeepSpeed casts the parameters to bf16."""
+    """In the dtype of its running statistics, fp32, whatever x is; DeepSpeed casts the parameters to bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.float(), self.bias.float()
+        weight, bias = (parameter.to(self.running_mean.dtype) for parameter in (self.weight, self.bias))
         if self.training and _gains_from_folding(x):
             y, mean, var = _Folded.apply(x, weight, bias, self.eps)
             num_pixels = x.numel() // self.num_features
@@ -47,14 +47,14 @@ def _gains_from_folding(x: Tensor) -> bool:
 
 
 class _Folded(torch.autograd.Function):
-    """x (B, C, H, W) channels last, weight (C,) and bias (C,) fp32 -> x normalised, its mean and variance (C,) fp32."""
+    """x (B, C, H, W) channels last, weight (C,), bias (C,) -> x normalised in its dtype; mean and variance (C,)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         num_channels = x.shape[1]
         fold = _fold(num_channels)
         rows = _as_rows(x, fold)
-        # Running statistics of a momentum of 0, so that those returned are fp32 if x is bf16.
+        # Running statistics, of a momentum of 0, so that those returned have their dtype and not that of x.
         unused = weight.new_zeros(rows.shape[1])
         means, variances = torch.batch_norm_update_stats(rows, unused, unused, 0.0)
         means, variances = means.view(fold, num_channels), variances.view(fold, num_channels)
@@ -85,7 +85,7 @@ class _Folded(torch.autograd.Function):
         per_pixel = -scale * (len(grad_bias) / rows.numel())
         slope, shift = (per_pixel * grad.repeat(ctx.fold) for grad in (grad_weight, grad_bias))
         grad_x = F.batch_norm(rows, mean, var, slope, shift, training=False, eps=ctx.eps)
-        if grad_x.dtype == torch.float32:
+        if grad_x.dtype == scale.dtype:
             grad_x.addcmul_(grad_rows, scale)
         else:  # a product of bf16 and fp32 would be slow
             zero, one = torch.zeros_like(scale), torch.ones_like(scale)
