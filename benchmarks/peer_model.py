@@ -61,6 +61,7 @@ class PeerModel(nn.Module):
     def hidden(self, tokens: Tensor, valid: Tensor, image_BND: Tensor, caption_image: Tensor) -> Tensor:
         """tokens (C, L) int64, valid (C, L) bool -> (C, L, D)."""
         x = self.embeddings(tokens)
+        # As good as -inf, and a number in each dtype.
         mask = torch.where(valid[:, None, None], 0.0, torch.finfo(torch.bfloat16).min).to(x.dtype)
         for layer in self.text:
             x = _hidden(layer(x, attention_mask=mask))

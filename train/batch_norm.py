@@ -39,11 +39,11 @@ def _fold(num_channels: int) -> int:
 
 def _gains_from_folding(x: Tensor) -> bool:
     """x (B, C, H, W). What torch.compile makes of a batch norm has sums of its own."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return False
     fold = _fold(x.shape[1])
-    return (
-        x.device.type == "cpu" and fold > 1 and x.shape.numel() // x.shape[1] % fold == 0
-        and x.is_contiguous(memory_format=torch.channels_last) and not torch.compiler.is_compiling()
-    )  # fmt: skip
+    num_pixels = x.numel() // x.shape[1]
+    return fold > 1 and num_pixels % fold == 0 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class _Folded(torch.autograd.Function):
@@ -59,14 +59,11 @@ class _Folded(torch.autograd.Function):
         means, variances = torch.batch_norm_update_stats(rows, unused, unused, 0.0)
         means, variances = means.view(fold, num_channels), variances.view(fold, num_channels)
         mean, var = means.mean(0), variances.mean(0) + means.var(0, correction=0)
-        wide = [value.repeat(fold) for value in (mean, var, weight)]
+        wide = [value.repeat(fold) for value in (weight, bias, mean, var)]
         # Into what is no view: the ReLU that follows works in place, which autograd allows in no view of a function's.
-        y, none = torch.empty_like(x), weight.new_empty(0)
-        given_mean, given_var, wide_weight = wide
-        torch.native_batch_norm(
-            rows, wide_weight, bias.repeat(fold), given_mean, given_var, False, 0.0, eps,
-            out=(_as_rows(y, fold), none, none),
-        )  # fmt: skip
+        y, unused = torch.empty_like(x), weight.new_empty(0)
+        out = y.permute(0, 2, 3, 1).view(rows.shape), unused, unused
+        torch.native_batch_norm(rows, *wide, False, 0.0, eps, out=out)
         ctx.save_for_backward(rows, *wide)
         ctx.eps, ctx.fold = eps, fold
         ctx.mark_non_differentiable(mean, var)
@@ -75,21 +72,18 @@ class _Folded(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor, *_) -> tuple[Tensor, Tensor, Tensor, None]:
-        rows, mean, var, weight = ctx.saved_tensors
+        rows, weight, _, mean, var = ctx.saved_tensors
         grad_rows = _as_rows(grad, ctx.fold)
         only_sums = [False, True, True]
-        _, *grads = batch_norm_backward(grad_rows, rows, weight, mean, var, None, None, False, ctx.eps, only_sums)
-        grad_weight, grad_bias = (grad.view(ctx.fold, -1).sum(0) for grad in grads)
-        # scale * (grad - its mean - x normalised * the mean of their product): affine in x, and in grad.
-        scale = weight * (var + ctx.eps).rsqrt()
-        per_pixel = -scale * (len(grad_bias) / rows.numel())
-        slope, shift = (per_pixel * grad.repeat(ctx.fold) for grad in (grad_weight, grad_bias))
-        grad_x = F.batch_norm(rows, mean, var, slope, shift, training=False, eps=ctx.eps)
-        if grad_x.dtype == scale.dtype:
-            grad_x.addcmul_(grad_rows, scale)
-        else:  # a product of bf16 and fp32 would be slow
-            zero, one = torch.zeros_like(scale), torch.ones_like(scale)
-            grad_x += F.batch_norm(grad_rows, zero, one, scale, training=False, eps=0.0)
+        _, *sums = batch_norm_backward(grad_rows, rows, weight, mean, var, None, None, False, ctx.eps, only_sums)
+        grad_weight, grad_bias = (wide.view(ctx.fold, -1).sum(0) for wide in sums)
+        num_pixels = rows.numel() // len(grad_bias)
+        # weight / std * (grad - its mean - x normalised * the mean of its product with grad). That mean is taken off
+        # before anything is rounded: in bf16 the difference may be small against it.
+        grad_mean, product_mean = ((total / num_pixels).repeat(ctx.fold) for total in (grad_bias, grad_weight))
+        slope = -weight * (var + ctx.eps).rsqrt() * product_mean
+        grad_x = F.batch_norm(rows, mean, var, slope, training=False, eps=ctx.eps)
+        grad_x += F.batch_norm(grad_rows, grad_mean, var, weight, training=False, eps=ctx.eps)
         return _as_images(grad_x, grad), grad_weight, grad_bias, None
 
 
