@@ -55,8 +55,8 @@ class _Folded(torch.autograd.Function):
         fold = _fold(num_channels)
         rows = _as_rows(x, fold)
         # Running statistics, of a momentum of 0, so that those returned have their dtype and not that of x.
-        unused = weight.new_zeros(rows.shape[1])
-        means, variances = torch.batch_norm_update_stats(rows, unused, unused, 0.0)
+        running = weight.new_zeros(rows.shape[1])
+        means, variances = torch.batch_norm_update_stats(rows, running, running, 0.0)
         means, variances = means.view(fold, num_channels), variances.view(fold, num_channels)
         mean, var = means.mean(0), variances.mean(0) + means.var(0, correction=0)
         wide = [value.repeat(fold) for value in (weight, bias, mean, var)]
