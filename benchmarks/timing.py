@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from posmask.kernels.backend import cpu_capabilities
 from posmask.train.card import git_commit
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -121,7 +122,7 @@ def environment(*packages: str) -> dict:
         device = torch.cuda.get_device_name()
     else:
         names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        device = f"{names[0].partition(':')[2].strip()}, {torch.get_num_threads()} threads"
+        device = f"{names[0].partition(':')[2].strip()}, {torch.get_num_threads()} threads, {_instructions()}"
     return {
         "commit": git_commit(),
         "device": device,
@@ -129,6 +130,13 @@ def environment(*packages: str) -> dict:
         "python": platform.python_version(),
         "versions": {package: version_of(package) for package in ("torch", "triton", *packages)},
     }
+
+
+def _instructions() -> str:
+    """What decides how fast a CPU is in bf16; a name such as "AMD EPYC" does not say it."""
+    has = cpu_capabilities()
+    names = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 with bf16", "avx512_f": "AVX-512", "avx2": "AVX2"}
+    return next((name for key, name in names.items() if has.get(key)), "of unknown instructions")
 
 
 def write_result(name: str, rows: list[dict], *packages: str) -> Path:

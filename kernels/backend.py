@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs, decided at the call by the device of its tensors."""
+"""Which implementation of an operation runs, decided at the call by the device of its tensors; what a CPU can do."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import warnings
 
+import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch")
@@ -41,3 +42,14 @@ def _interprets() -> bool:
 @functools.cache
 def _say_fallback(op: str) -> None:
     warnings.warn(f"{op} runs on torch, slower: the package triton is not installed", RuntimeWarning, stacklevel=4)
+
+
+def cpu_capabilities() -> dict[str, bool]:
+    """Names of instructions ("avx512_bf16") and whether this CPU has them; empty on torch 2.11, which does not tell."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
+def has_bf16_instructions() -> bool:
+    """Whether this CPU multiplies bf16 itself (avx512_bf16, which AMX implies). Where it does not, libraries convert to
+    fp32 and back."""
+    return cpu_capabilities().get("avx512_bf16", False)

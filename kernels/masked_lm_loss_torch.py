@@ -12,22 +12,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from posmask.kernels.backend import has_bf16_instructions
 from posmask.kernels.masked_lm_loss import bin_sums
 
 WEIGHT_BLOCK = 2048  # vocabulary entries widened at a time: 6 MB at D = 768
 ROW_BLOCK = 64  # rows whose bf16 logits are widened at a time
 
 
-def _has_bf16() -> bool:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not tell
-    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
-
-
 def prepare(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The rows in the dtype of the products; weight and bias as they are."""
     if torch.float64 in (hidden.dtype, weight.dtype):
         return hidden.double(), weight, bias
-    native = hidden.dtype == weight.dtype == torch.bfloat16 and _has_bf16()
+    native = hidden.dtype == weight.dtype == torch.bfloat16 and has_bf16_instructions()
     return hidden if native else hidden.float(), weight, bias
 
 

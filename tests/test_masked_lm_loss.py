@@ -56,7 +56,7 @@ def test_gradcheck(make_rows):
 def test_bf16_is_as_near_as_plain_torch(
     make_rows, plain_loss, assert_within_budget, monkeypatch, parameters, native, block
 ):
-    monkeypatch.setattr(masked_lm_loss_torch, "_has_bf16", lambda: native)
+    monkeypatch.setattr(masked_lm_loss_torch, "has_bf16_instructions", lambda: native)
     monkeypatch.setattr(masked_lm_loss_torch, "WEIGHT_BLOCK", block)
     hidden, weight, bias, targets, num_masked, _ = make_rows((252, 123, 507), 200, torch.bfloat16)
     weight, bias = (x.detach().to(parameters).requires_grad_() for x in (weight, bias))
@@ -81,7 +81,7 @@ def test_bf16_is_as_near_as_plain_torch(
 
 def test_widened_products_round_once(make_rows, plain_loss, monkeypatch):
     """On a CPU without bf16 instructions every gradient is the fp32 one, rounded."""
-    monkeypatch.setattr(masked_lm_loss_torch, "_has_bf16", lambda: False)
+    monkeypatch.setattr(masked_lm_loss_torch, "has_bf16_instructions", lambda: False)
     hidden, weight, bias, targets, num_masked, _ = make_rows((61, 33, 507), 61, torch.bfloat16)
     leaves = (hidden, weight, bias)
     _, true_gradients, _ = plain_loss(*(x.float() for x in leaves), targets, 61, 0.37)
