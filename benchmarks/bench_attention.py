@@ -18,7 +18,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from bench_packing import make_text
-from timing import graphed, interleave, quantiles, ratio, relative_error, write_result
+from timing import graphed, interleave, largest_error, quantiles, ratio, write_result
 from torch import Tensor
 
 from posmask.train.attention import Ragged
@@ -90,7 +90,7 @@ def measure(what: str, num_captions: int, repeats: int, device: torch.device, dt
         found = [x.detach() for x in call()]
         if name.startswith("padded"):
             found = [x[mask] for x, mask in zip(found, (valid, valid, is_key, is_key), strict=True)]
-        errors[name] = max(relative_error(a, b) for a, b in zip(found, true, strict=True))
+        errors[name] = largest_error(zip(found, true, strict=True))
         print(f"{what}: {name}: largest relative error {errors[name]:.1e}", file=sys.stderr)
     if not max(errors.values()) < LARGEST_ERROR[dtype]:
         raise SystemExit(f"{what}: not equal; no speed is measured")

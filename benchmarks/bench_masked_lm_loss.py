@@ -203,7 +203,7 @@ MISSING = {  # rows of the comparison that may have nothing to run
 
 def off(step: Step, truth: tuple[Tensor, ...], dtype: torch.dtype) -> str | None:
     """Why a step is not to be timed: its loss or a gradient is further from the truth than its dtype explains."""
-    error = max(timing.relative_error(ours, true) for ours, true in zip(step(), truth, strict=False))
+    error = timing.largest_error(zip(step(), truth, strict=True))
     return None if error <= MAX_ERROR[dtype] else f"relative error {error:.2g} exceeds {MAX_ERROR[dtype]:.0e}"
 
 

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from peer_model import PeerModel, pad
-from timing import graphed, interleave, quantiles, ratio, relative_error, write_result
+from timing import graphed, interleave, largest_error, quantiles, ratio, write_result
 
 from posmask.train.config import PRESETS, ModelConfig
 from posmask.train.model import Packing, PosMaskModel
@@ -94,7 +94,7 @@ def measure(config: ModelConfig, num_captions: int, repeats: int, device: torch.
             grads = {n: p.grad for n, p in module.named_parameters()}
             # The key's bias has no gradient but rounding: softmax does not see it.
             pairs = [(grads[n], grad) for n, grad in true_grads.items() if "key.bias" not in n]
-            found[name] = max(relative_error(ours, true) for ours, true in [(hidden, truth), *pairs])
+            found[name] = largest_error([(hidden, truth), *pairs])
             print(f"{config.preset}: {name}: largest relative error {found[name]:.1e}", file=sys.stderr)
         return found
 

@@ -8,7 +8,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -149,6 +149,8 @@ def write_result(name: str, rows: list[dict], *packages: str) -> Path:
     return path
 
 
-def relative_error(ours: Tensor, truth: Tensor) -> float:
-    """‖ours - truth‖ / ‖truth‖ in fp64; NaN where either has one."""
-    return float((ours.double() - truth.double()).norm() / truth.double().norm())
+def largest_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The largest ‖ours - truth‖ / ‖truth‖ of the pairs (ours, truth), in fp64; NaN where one of them has one, which
+    the max of Python would pass over."""
+    errors = [(ours.double() - truth.double()).norm() / truth.double().norm() for ours, truth in pairs]
+    return float(torch.stack(errors).max())
