@@ -161,8 +161,10 @@ def test_the_last_layer_on_masked_rows_equals_the_dense_one(model, rows, spare, 
         torch.testing.assert_close(sparse_grads[name], grad, atol=200 * eps * (1 + scale), rtol=0, msg=name)
 
 
-def test_a_step_equals_the_dense_computation(model):
+@pytest.mark.parametrize("row_multiple", [1, 7, 32])
+def test_a_step_equals_the_dense_computation(model, monkeypatch, row_multiple):
     """The loss and its gradients, when the model takes the masked rows alone, against all rows and plain torch."""
+    monkeypatch.setattr(PosMaskModel, "row_multiple", row_multiple)
     model.image = nn.Identity()
     model.double()
     tokens, starts, packing = packed()
@@ -191,6 +193,32 @@ def test_a_step_equals_the_dense_computation(model):
                 torch.testing.assert_close(grads[name], param.grad, atol=1e-10, rtol=1e-8, msg=name)
             else:
                 assert param.grad is None or not param.grad.any()
+
+
+def test_rows_of_products_are_few_numbers_in_bf16_on_a_cpu(model, monkeypatch):
+    """Every product of text, forwards and backwards: of tokens and of masked rows, which differ from batch to batch."""
+    seen, linear = set(), F.linear
+
+    def record(x, *rest):
+        seen.add(len(x))
+        return linear(x, *rest)
+
+    monkeypatch.setattr(F, "linear", record)
+    model.image = nn.Identity()
+    model.bfloat16()
+    for lengths in (LENGTHS, (5, 1, 9, 8), (20, 14)):
+        tokens, starts, _ = packed(lengths)
+        num_masked = len(lengths)
+        batch = SimpleNamespace(
+            tokens=tokens, caption_starts=starts, caption_image=torch.zeros(len(lengths), dtype=torch.int32),
+            images=torch.randn(1, 4, 32, dtype=torch.bfloat16), max_caption_tokens=max(lengths), max_image_tokens=99,
+        )  # fmt: skip
+        index, targets = torch.zeros(2, 128, dtype=torch.int32)
+        index[:num_masked], targets[num_masked:] = starts[:-1], -100
+        masked = MaskedTokens(tokens, index, targets, torch.tensor(num_masked), torch.zeros(()))
+        model(batch, masked, None).loss_sum.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert seen == {4, 32, 64}, "4 rows are the image's"
 
 
 @pytest.mark.parametrize("caption_image", [[0, 1, 2, 1], [0, 0, 1, 2]], ids=["unsorted", "sorted"])

@@ -132,11 +132,12 @@ def model():
 
 
 def losses(model, batch, pairs):
-    packing = Packing.of(batch.caption_starts, len(batch.tokens), batch.max_caption_tokens)
-    return model.match(batch, packing, model.image(batch.images), pairs)
+    return model.match(batch, model.pack(batch), model.image(batch.images), pairs)
 
 
-def test_matching_equals_a_loop_over_pairs(model):
+@pytest.mark.parametrize("row_multiple", [1, 32])
+def test_matching_equals_a_loop_over_pairs(model, monkeypatch, row_multiple):
+    monkeypatch.setattr(PosMaskModel, "row_multiple", row_multiple)
     batch = make_batch(CAPTIONS, IMAGE_OF, 5, blank=[1])
     pairs = pair_batch(batch, 60, seed=1)
     with torch.no_grad():
@@ -163,7 +164,9 @@ def test_matching_equals_a_loop_over_pairs(model):
     assert (float(itm.hits), float(itm.count)) == (hits, count) and count > 10, "some foils are among them"
 
 
-def test_contrast_equals_a_loop_over_rows(model):
+@pytest.mark.parametrize("row_multiple", [1, 32])
+def test_contrast_equals_a_loop_over_rows(model, monkeypatch, row_multiple):
+    monkeypatch.setattr(PosMaskModel, "row_multiple", row_multiple)
     batch = make_batch(CAPTIONS, IMAGE_OF, 5, blank=[1])
     with torch.no_grad():
         _, itc = losses(model, batch, pair_batch(batch, 60, seed=1))

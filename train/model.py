@@ -25,6 +25,9 @@ from posmask.train.batch_norm import BatchNorm2d
 from posmask.train.config import ModelConfig
 
 TOP_KEYS = 8  # image tokens that count in `Attention.looks`
+# In bf16 on a CPU the rows of text are a multiple: oneDNN compiles each product anew for each number of rows, with AMX
+# for 4 ms, and the number of tokens differs from batch to batch.
+ROWS = 32
 
 
 class ImageEncoder(nn.Module):
@@ -52,27 +55,49 @@ class ImageEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class Packing:
-    """Where captions lie in their packed tokens, and which tokens attend to which."""
+    """Where captions lie in their packed tokens, and which tokens attend to which.
+
+    Behind them may lie padding, up to T rows: a caption of its own, number C, that nothing reads.
+    """
 
     starts: Tensor  # (C+1,) int32
     max_length: int
     caption: Tensor  # (T,) int64: caption of each token
     position: Tensor  # (T,) int64: place inside the caption
     within_captions: Ragged
+    num_padding: int
 
     @staticmethod
-    def of(caption_starts: Tensor, num_tokens: int, max_length: int) -> Packing:
-        """From caption_starts (C+1,); `max_length` is known on the host, so that nothing waits for the device."""
+    def of(caption_starts: Tensor, num_tokens: int, max_length: int, multiple_of: int = 1) -> Packing:
+        """From caption_starts (C+1,); `max_length` is known on the host, so that nothing waits for the device.
+
+        multiple_of: what T is to be a multiple of.
+        """
+        num_padding = -num_tokens % multiple_of
         starts = caption_starts.long()
-        token = torch.arange(num_tokens, device=starts.device)
+        if num_padding:
+            starts = F.pad(starts, (0, 1), value=num_tokens + num_padding)
+        token = torch.arange(num_tokens + num_padding, device=starts.device)
         caption = torch.searchsorted(starts[1:], token, right=True)
-        within_captions = Ragged(caption, starts.int(), max_length, max_length, is_sorted=True)
-        return Packing(starts.int(), max_length, caption, token - starts[caption], within_captions)
+        longest = max(max_length, num_padding)
+        within_captions = Ragged(caption, starts.int(), longest, longest, is_sorted=True)
+        position = token - starts[caption]
+        if num_padding:
+            position[num_tokens:] = 0  # it may be longer than any caption
+        return Packing(caption_starts.int(), max_length, caption, position, within_captions, num_padding)
 
     def rows_within_captions(self, index: Tensor, live: Tensor | None) -> Ragged:
         """Rows `index` (M,), ascending where they are live, attend to all tokens of their caption."""
-        caption = self.caption[index]
-        return Ragged(caption, self.starts, self.max_length, self.max_length, is_sorted=True, live=live)
+        within, caption = self.within_captions, self.caption[index]
+        return Ragged(caption, within.key_starts, self.max_length, within.max_keys, is_sorted=True, live=live)
+
+    def owners(self, caption_image: Tensor, num_images: int) -> Tensor:
+        """(T,) int64: the image that each token looks at, from those of the captions (C,); padding at one each."""
+        num_tokens = len(self.caption) - self.num_padding
+        owner = caption_image.long()[self.caption[:num_tokens]]
+        if not self.num_padding:
+            return owner
+        return torch.cat([owner, torch.arange(self.num_padding, device=owner.device) % num_images])
 
 
 class SelfOutput(nn.Module):
@@ -302,8 +327,21 @@ class PosMaskModel(nn.Module):
             # One answer of A is right: the head begins there (arXiv 1708.02002, section 4.1), not at every second one.
             nn.init.constant_(self.vqa[-1].bias, -math.log(len(config.answers)))
 
+    def pack(self, batch) -> Packing:
+        """Of the captions of a `loader.Batch`."""
+        num_tokens = batch.tokens.numel()
+        return Packing.of(batch.caption_starts, num_tokens, batch.max_caption_tokens, self.row_multiple)
+
+    @property
+    def row_multiple(self) -> int:
+        """What T, and the rows of masked tokens, are a multiple of."""
+        weight = self.embeddings.word_embeddings.weight
+        return ROWS if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 else 1
+
     def encode_text(self, tokens: Tensor, packing: Packing) -> Tensor:
-        """tokens (T,) int32 -> (T, D), before any image is seen."""
+        """tokens int32, without the padding of `packing` -> (T, D), before any image is seen."""
+        if packing.num_padding:
+            tokens = F.pad(tokens, (0, packing.num_padding))
         x_TD = self.embeddings(tokens, packing.position)
         for layer in self.text:
             x_TD = layer(x_TD, packing.within_captions)
@@ -323,10 +361,12 @@ class PosMaskModel(nn.Module):
         """
         num_images, num_image_tokens = image_BND.shape[:2]
         image_KD = image_BND.flatten(0, 1)
-        owner = caption_image.long()[packing.caption]  # (T,)
+        owner = packing.owners(caption_image, num_images)  # (T,)
         starts = torch.arange(num_images + 1, dtype=torch.int32, device=owner.device) * num_image_tokens
         most = max_image_tokens or len(text_TD)
-        attend_image = Ragged(owner, starts, most, num_image_tokens, is_sorted=in_order)
+        all_most = most + -(-packing.num_padding // num_images)
+        all_in_order = in_order and packing.num_padding == 0
+        attend_image = Ragged(owner, starts, all_most, num_image_tokens, is_sorted=all_in_order)
         *layers, last = self.fusion
         for layer in layers:
             text_TD = layer(text_TD, packing.within_captions, image_KD, attend_image)
@@ -361,18 +401,21 @@ class PosMaskModel(nn.Module):
         caption.
         """
         index, targets = masked.index, masked.targets
-        if not index.is_cuda:  # the host knows the count: leave the spare rows out, all but one if none is live
-            num_rows = max(1, int(masked.num_masked))
-            index, targets = index[:num_rows], targets[:num_rows]
+        packing = self.pack(batch)
+        if not index.is_cuda:  # the host knows the count: leave spare rows out, as many as it can, but one row stays
+            num_masked, multiple = max(1, int(masked.num_masked)), self.row_multiple
+            num_rows = min(len(index), -(-num_masked // multiple) * multiple)
+            index, targets = index[:num_rows].clone(), targets[:num_rows]
             bins = None if bins is None else bins[:num_rows]
-        packing = Packing.of(batch.caption_starts, batch.tokens.numel(), batch.max_caption_tokens)
+            # Each in another caption: those in a rectangle of attention are padded to the most rows that one has.
+            num_spare = num_rows - num_masked
+            index[num_masked:] = torch.linspace(0, batch.tokens.numel() - 1, num_spare).int()
         image_BND = self.image(batch.images)
         vqa = None
         if questions is batch:
             vqa = self.answer_loss(batch, packing, image_BND)
         elif questions is not None:
-            of_questions = Packing.of(questions.caption_starts, questions.tokens.numel(), questions.max_caption_tokens)
-            vqa = self.answer_loss(questions, of_questions, self.image(questions.images))
+            vqa = self.answer_loss(questions, self.pack(questions), self.image(questions.images))
         looks = [] if with_reward else None
         if "mlm" in self.config.objectives:
             text_TD = self.encode_text(masked.tokens, packing)
