@@ -193,21 +193,22 @@ def loss_and_gradients(setup: Setup, model: PosMaskModel | PeerModel, batch: Bat
         tokens, valid, labels = (pad(x.cpu(), starts, PADDED_TOKENS, fill).to(setup.device) for x, fill in text)
         loss = model(batch.images, tokens, valid.bool(), labels, batch.caption_image)
     loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    # By our names. The key's bias has no gradient but rounding, and the position's vector holds ours of the segment.
+    gradients = {name.replace("head.transform.", "head."): p.grad for name, p in model.named_parameters()
+                 if "key.bias" not in name and "token_type" not in name}  # fmt: skip
     return {"loss": loss.detach()} | gradients
 
 
 def check_equal(setup: Setup, batch: Batch) -> dict[str, float]:
     """The largest relative errors of loss and gradients: in a wide dtype, where the two models must agree, and of both
-    in the dtype of the step, where ours may be no further from the wide one than the other. Else SystemExit."""
+    in the dtype of the step, where ours may be little further from the wide one than the other. Else SystemExit."""
     exact, largest = AGREE_IN[setup.device.type]
     truth = loss_and_gradients(setup, setup.new_peer("sdpa", exact), batch)
 
     def errors(model: PosMaskModel | PeerModel) -> dict[str, float]:
         found = loss_and_gradients(setup, model, batch)
-        # The key's bias has no gradient but rounding; the position's vector holds ours of the segment.
-        names = [name for name in found.keys() & truth.keys() if "key.bias" not in name]
-        return {name: largest_error([(found[name], truth[name])]) for name in names}
+        assert found.keys() == truth.keys(), found.keys() ^ truth.keys()
+        return {name: largest_error([(found[name], true)]) for name, true in truth.items()}
 
     wide, ours, theirs = errors(setup.new_model(exact)), errors(setup.new_model()), errors(setup.new_peer("sdpa"))
     most = {name: MOST_ROUNDING * error + ROUNDING_BUDGET for name, error in theirs.items()}

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from posmask.kernels.backend import has_bf16_instructions
+from posmask.kernels.backend import has_bf16_instructions, row_multiple
 from posmask.kernels.masked_lm_loss import bin_sums
 
 WEIGHT_BLOCK = 2048  # vocabulary entries widened at a time: 6 MB at D = 768
@@ -38,6 +39,12 @@ def _weight_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, 
         yield slice(start, start + len(part)), scratch[: len(part)].copy_(part)
 
 
+def _padded(rows: Tensor) -> Tensor:
+    """(M, D) with rows of zeros behind it, to the multiple that products of its dtype like."""
+    padding = -len(rows) % row_multiple(rows)
+    return F.pad(rows, (0, 0, 0, padding)) if padding else rows
+
+
 def _widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
@@ -45,15 +52,16 @@ def _widen(x: Tensor) -> Tensor:
 def loss_and_gradients(
     rows: Tensor, targets: Tensor, weight: Tensor, bias: Tensor, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradient of the loss in the logits (M, V), dtype of the rows; row_loss (M,), hit (M,) bool, and the gradient in
-    the rows (M, D) in fp32 (empty without `with_gradient`)."""
+    """Gradient of the loss in the logits, (M, V) and rows of zeros behind it, in the dtype of the rows; row_loss (M,),
+    hit (M,) bool, and the gradient in the rows (M, D) in fp32 (empty without `with_gradient`)."""
+    num_rows, rows = len(rows), _padded(rows)  # the logits of zeros are zeros, which no loss touches
     logits = rows.new_empty(len(rows), len(weight))
     for words, part in _weight_blocks(weight, rows.dtype):
         torch.mm(rows, part.T, out=logits[:, words])
     bias = _widen(bias)  # added after the product: addmm would first copy it into every row
     row_loss, hit = [], []
-    blocks = ROW_BLOCK if rows.dtype == torch.bfloat16 else max(1, len(rows))
-    for narrow, target in zip(logits.split(blocks), targets.long()[:, None].split(blocks), strict=True):
+    blocks = ROW_BLOCK if rows.dtype == torch.bfloat16 else max(1, num_rows)
+    for narrow, target in zip(logits[:num_rows].split(blocks), targets.long()[:, None].split(blocks), strict=True):
         wide = _widen(narrow).add_(bias)
         of_target, top = wide.gather(1, target), wide.amax(dim=1, keepdim=True)
         torch.softmax(wide, dim=1, out=wide)
@@ -67,7 +75,7 @@ def loss_and_gradients(
     if with_gradient:
         for words, part in _weight_blocks(weight, rows.dtype):
             gradient.addmm_(logits[:, words], part, beta=int(words.start > 0))
-    return logits, torch.cat(row_loss)[:, 0], torch.cat(hit)[:, 0], _widen(gradient)
+    return logits, torch.cat(row_loss)[:, 0], torch.cat(hit)[:, 0], _widen(gradient[:num_rows])
 
 
 def scaled(x: Tensor, targets: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -79,7 +87,7 @@ def parameter_gradients(
     gradient: Tensor, rows: Tensor, targets: Tensor, factor: Tensor, vocabulary: int, dtypes: tuple[torch.dtype, ...]
 ) -> tuple[Tensor, Tensor]:
     """Gradients in weight (V, D) and bias (V,), times factor (), rounded once to `dtypes`."""
-    rows = scaled(rows, targets, factor, rows.dtype)
+    rows = _padded(scaled(rows, targets, factor, rows.dtype))
     weight = rows.new_empty(vocabulary, rows.shape[1], dtype=dtypes[0])
     if dtypes[0] == rows.dtype:
         torch.mm(gradient.T, rows, out=weight)

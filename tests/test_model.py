@@ -10,6 +10,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
+from posmask.kernels import masked_lm_loss_torch
 from posmask.kernels.mask_tokens import MaskedTokens
 from posmask.train.attention import Ragged
 from posmask.train.config import PRESETS
@@ -196,14 +197,22 @@ def test_a_step_equals_the_dense_computation(model, monkeypatch, row_multiple):
 
 
 def test_rows_of_products_are_few_numbers_in_bf16_on_a_cpu(model, monkeypatch):
-    """Every product of text, forwards and backwards: of tokens and of masked rows, which differ from batch to batch."""
-    seen, linear = set(), F.linear
+    """Layers and products of the loss: of tokens and of masked rows, whose numbers differ from batch to batch."""
+    seen = set()
 
-    def record(x, *rest):
-        seen.add(len(x))
-        return linear(x, *rest)
+    def record(place, name, rows_of):
+        inner = getattr(place, name)
 
-    monkeypatch.setattr(F, "linear", record)
+        def call(*args, **kwargs):
+            seen.add(rows_of(*args))
+            return inner(*args, **kwargs)
+
+        monkeypatch.setattr(place, name, call)
+
+    record(F, "linear", lambda x, *_: len(x))
+    record(torch, "mm", lambda a, b: min(len(a), len(b)))  # (M, D) x (D, V), and (V, M) x (M, D)
+    record(torch.Tensor, "addmm_", lambda x, *_: len(x))
+    monkeypatch.setattr(masked_lm_loss_torch, "has_bf16_instructions", lambda: True)
     model.image = nn.Identity()
     model.bfloat16()
     for lengths in (LENGTHS, (5, 1, 9, 8), (20, 14)):

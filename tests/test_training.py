@@ -137,19 +137,21 @@ def test_the_type_is_what_the_machine_is_fast_in(monkeypatch, has_gpu, has_instr
     assert config.parse_args(["--mask", "noun", "--dtype", "fp32"], has_gpu).dtype == "fp32"
 
 
-@pytest.mark.parametrize(("short_side", "image_size", "advised"), [(272, 64, 96), (272, 224, None), (100, 64, None)])
+@pytest.mark.parametrize(("short_side", "image_size", "advised"), [(256, 64, 96), (256, 224, None), (100, 64, None)])
 def test_images_much_larger_than_seen_are_named(short_side, image_size, advised):
+    """The mean sides of upright and wide images are both larger than the short side."""
     run = config.parse_args(["--mask", "noun"], has_gpu=False)
     world = SimpleNamespace(size=1, device=torch.device("cpu"))
     model = torch.nn.Linear(2, 2)
     model.config = SimpleNamespace(image_size=image_size)
-    sizes = [(90, 80), (short_side + 70, short_side)]
-    data = [SimpleNamespace(image={"mean_width": width, "mean_height": height}) for width, height in sizes]
-    shards = type("Shards", (list,), {"manifests": data})()
+    sizes = [(256, 90, 80), (short_side, short_side + 70, short_side + 16)]
+    keys = "size", "mean_width", "mean_height"
+    manifests = [SimpleNamespace(image=dict(zip(keys, size, strict=True))) for size in sizes]
+    shards = type("Shards", (list,), {"manifests": manifests})()
     _, *advice = pretrain.describe_start(run, world, (shards,), model, 0).splitlines()
     assert len(advice) == (advised is not None)
     if advised:
-        assert "stored at 272 px and seen at 64" in advice[0] and "--image-size 96 " in advice[0]
+        assert "stored at 256 px and seen at 64" in advice[0] and "--image-size 96 " in advice[0]
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -19,15 +19,13 @@ import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 
+from posmask.kernels.backend import row_multiple
 from posmask.kernels.masked_lm_loss import NUM_BINS, MaskedLMLoss, masked_lm_loss
 from posmask.train.attention import Ragged
 from posmask.train.batch_norm import BatchNorm2d
 from posmask.train.config import ModelConfig
 
 TOP_KEYS = 8  # image tokens that count in `Attention.looks`
-# In bf16 on a CPU the rows of text are a multiple: oneDNN compiles each product anew for each number of rows, with AMX
-# for 4 ms, and the number of tokens differs from batch to batch.
-ROWS = 32
 
 
 class ImageEncoder(nn.Module):
@@ -57,7 +55,7 @@ class ImageEncoder(nn.Module):
 class Packing:
     """Where captions lie in their packed tokens, and which tokens attend to which.
 
-    Behind them may lie padding, up to T rows: a caption of its own, number C, that nothing reads.
+    Behind them may lie padding, up to T rows: each a caption of its own, number C and up, that nothing reads.
     """
 
     starts: Tensor  # (C+1,) int32
@@ -75,21 +73,17 @@ class Packing:
         """
         num_padding = -num_tokens % multiple_of
         starts = caption_starts.long()
-        if num_padding:
-            starts = F.pad(starts, (0, 1), value=num_tokens + num_padding)
         token = torch.arange(num_tokens + num_padding, device=starts.device)
-        caption = torch.searchsorted(starts[1:], token, right=True)
-        longest = max(max_length, num_padding)
-        within_captions = Ragged(caption, starts.int(), longest, longest, is_sorted=True)
-        position = token - starts[caption]
         if num_padding:
-            position[num_tokens:] = 0  # it may be longer than any caption
-        return Packing(caption_starts.int(), max_length, caption, position, within_captions, num_padding)
+            starts = torch.cat([starts, token[num_tokens:] + 1])
+        caption = torch.searchsorted(starts[1:], token, right=True)
+        within_captions = Ragged(caption, starts.int(), max_length, max_length, is_sorted=True)
+        return Packing(caption_starts.int(), max_length, caption, token - starts[caption], within_captions, num_padding)
 
     def rows_within_captions(self, index: Tensor, live: Tensor | None) -> Ragged:
         """Rows `index` (M,), ascending where they are live, attend to all tokens of their caption."""
-        within, caption = self.within_captions, self.caption[index]
-        return Ragged(caption, within.key_starts, self.max_length, within.max_keys, is_sorted=True, live=live)
+        starts = self.within_captions.key_starts
+        return Ragged(self.caption[index], starts, self.max_length, self.max_length, is_sorted=True, live=live)
 
     def owners(self, caption_image: Tensor, num_images: int) -> Tensor:
         """(T,) int64: the image that each token looks at, from those of the captions (C,); padding at one each."""
@@ -335,8 +329,7 @@ class PosMaskModel(nn.Module):
     @property
     def row_multiple(self) -> int:
         """What T, and the rows of masked tokens, are a multiple of."""
-        weight = self.embeddings.word_embeddings.weight
-        return ROWS if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 else 1
+        return row_multiple(self.embeddings.word_embeddings.weight)
 
     def encode_text(self, tokens: Tensor, packing: Packing) -> Tensor:
         """tokens int32, without the padding of `packing` -> (T, D), before any image is seen."""
@@ -363,10 +356,9 @@ class PosMaskModel(nn.Module):
         image_KD = image_BND.flatten(0, 1)
         owner = packing.owners(caption_image, num_images)  # (T,)
         starts = torch.arange(num_images + 1, dtype=torch.int32, device=owner.device) * num_image_tokens
-        most = max_image_tokens or len(text_TD)
-        all_most = most + -(-packing.num_padding // num_images)
-        all_in_order = in_order and packing.num_padding == 0
-        attend_image = Ragged(owner, starts, all_most, num_image_tokens, is_sorted=all_in_order)
+        most = (max_image_tokens or len(text_TD)) + packing.num_padding
+        is_sorted = in_order and packing.num_padding == 0
+        attend_image = Ragged(owner, starts, most, num_image_tokens, is_sorted=is_sorted)
         *layers, last = self.fusion
         for layer in layers:
             text_TD = layer(text_TD, packing.within_captions, image_KD, attend_image)
@@ -405,11 +397,10 @@ class PosMaskModel(nn.Module):
         if not index.is_cuda:  # the host knows the count: leave spare rows out, as many as it can, but one row stays
             num_masked, multiple = max(1, int(masked.num_masked)), self.row_multiple
             num_rows = min(len(index), -(-num_masked // multiple) * multiple)
-            index, targets = index[:num_rows].clone(), targets[:num_rows]
             bins = None if bins is None else bins[:num_rows]
             # Each in another caption: those in a rectangle of attention are padded to the most rows that one has.
-            num_spare = num_rows - num_masked
-            index[num_masked:] = torch.linspace(0, batch.tokens.numel() - 1, num_spare).int()
+            spare = torch.linspace(0, batch.tokens.numel() - 1, num_rows - num_masked)
+            index, targets = torch.cat([index[:num_masked], spare.to(index.dtype)]), targets[:num_rows]
         image_BND = self.image(batch.images)
         vqa = None
         if questions is batch:

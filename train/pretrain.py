@@ -376,8 +376,9 @@ def describe_start(
     )
     # Decoding takes as long as the stored image is large: of 256 px for 64, half as long as the step of a CPU.
     stored = [manifest.image for shards in data for manifest in shards.manifests]
-    short_side, seen = max(min(x["mean_width"], x["mean_height"]) for x in stored), model.config.image_size
-    if short_side > 2 * seen:
+    short_side = max(min(x["size"], x["mean_width"], x["mean_height"]) for x in stored)
+    seen = model.config.image_size
+    if world.device.type == "cpu" and short_side > 2 * seen:
         text += f"\nimages are stored at {short_side:.0f} px and seen at {seen}: shards built with --image-size "
         text += f"{seen * 3 // 2} load in a fraction of the time"
     return text
