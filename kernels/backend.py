@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch")
-ROWS = 32
 
 
 def resolve(backend: str, tensor: Tensor, op: str) -> str:
@@ -45,15 +44,18 @@ def _say_fallback(op: str) -> None:
     warnings.warn(f"{op} runs on torch, slower: the package triton is not installed", RuntimeWarning, stacklevel=4)
 
 
-def cpu_capabilities() -> dict[str, bool]:
-    """Names of instructions ("avx512_bf16") and whether this CPU has them; empty on torch 2.11, which does not tell."""
+def cpu_capabilities() -> dict[str, object]:
+    """What torch knows of this CPU, by name: whether it has instructions ("avx512_bf16"), and more.
+
+    Empty on torch 2.11, which does not tell.
+    """
     return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def has_bf16_instructions() -> bool:
     """Whether this CPU multiplies bf16 itself (avx512_bf16, which AMX implies). Where it does not, libraries convert to
     fp32 and back."""
-    return cpu_capabilities().get("avx512_bf16", False)
+    return bool(cpu_capabilities().get("avx512_bf16"))
 
 
 def row_multiple(like: Tensor) -> int:
@@ -62,4 +64,4 @@ def row_multiple(like: Tensor) -> int:
     32 in bf16 on a CPU: oneDNN compiles each product anew for each number of rows, with AMX for 4 ms, and the number of
     tokens differs from batch to batch.
     """
-    return ROWS if like.device.type == "cpu" and like.dtype == torch.bfloat16 else 1
+    return 32 if like.device.type == "cpu" and like.dtype == torch.bfloat16 else 1
