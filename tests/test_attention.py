@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from posmask.kernels.ragged_attention_torch import FEWEST_KEYS, Rectangles
 from posmask.train.attention import Ragged
 
 HEADS = 3
@@ -111,6 +112,15 @@ def test_sequences_longer_than_a_tile_take_the_other_path(backend):
     starts = torch.tensor([0, 300], dtype=torch.int32, device=owner.device)
     context = Ragged(owner, starts, 3, 300, is_sorted=True)(*inputs, HEADS, backend)
     assert_equal[context.dtype](context, one_by_one(owner, starts, *inputs))
+
+
+def test_one_long_sequence_pads_no_other():
+    lengths = [3] * 10 + [200] + [4] * 10
+    owner = torch.repeat_interleave(torch.arange(21), torch.tensor(lengths))
+    plan = Rectangles.of(owner, torch.tensor([0, *lengths]).cumsum(0), HEADS)
+    assert plan.queries.shapes == [(20 * HEADS, 4), (HEADS, 200)]
+    assert plan.keys.shapes == [(20 * HEADS, FEWEST_KEYS), (HEADS, 200)]
+    assert [mask.exp().sum() for mask in plan.keys_mask] == [70 * HEADS, 200 * HEADS]
 
 
 def test_bf16_on_a_cpu_is_worked_out_in_fp32_and_rounded_once():

@@ -7,24 +7,20 @@ of its sequence, and to no other.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from posmask.kernels.backend import resolve
-
-SEQUENCES_PER_RECTANGLE = 32
+from posmask.kernels.ragged_attention_torch import RaggedAttention, Rectangles
 
 
 class Ragged:
     """Which rows attend to which; made once for a batch and used by every layer.
 
     On a GPU a Triton kernel has a program for each sequence and head, and nothing waits for the device. Elsewhere, and
-    where a sequence is longer than that kernel takes, sequences of equal length are gathered into rectangles, which
-    need no mask; their shapes are read by the host, for free on a CPU.
+    where a sequence is longer than that kernel takes, sequences of like length are gathered into rectangles, whose
+    shapes are read by the host, for free on a CPU.
     """
 
     def __init__(
@@ -39,6 +35,7 @@ class Ragged:
         """
         self.owner, self.key_starts, self.live = owner, key_starts, live
         self.max_queries, self.max_keys, self.is_sorted = max_queries, max_keys, is_sorted
+        self._plans: dict[int, Rectangles] = {}
 
     def __call__(
         self, query_QD: Tensor, key_KD: Tensor, value_KD: Tensor, num_heads: int, backend: str = "auto"
@@ -56,22 +53,7 @@ class Ragged:
                     query_QD, key_KD, value_KD, num_heads, order, query_starts, self.key_starts,
                     self.max_queries, self.max_keys, self.live is not None,
                 )  # fmt: skip
-        dtype, plan = query_QD.dtype, self._rectangles
-        if query_QD.device.type == "cpu" and dtype.itemsize == 2:
-            # torch's attention works out in fp32 what it is given in bf16, but takes two to four times as long.
-            query_QD, key_KD, value_KD = query_QD.float(), key_KD.float(), value_KD.float()
-        query = _Arrange.apply(query_QD, plan.query_source, plan.query_place)
-        key, value = (
-            x if plan.key_source is None else _Arrange.apply(x, plan.key_source, plan.key_place)
-            for x in (key_KD, value_KD)
-        )
-        parts = zip(
-            plan.num_sequences,
-            query.split(plan.num_query_rows), key.split(plan.num_key_rows), value.split(plan.num_key_rows),
-            strict=True,
-        )  # fmt: skip
-        context = [_attend(num_sequences, num_heads, *part) for num_sequences, *part in parts]
-        return _Restore.apply(torch.cat(context), plan.query_place).to(dtype)
+        return RaggedAttention.apply(query_QD, key_KD, value_KD, self._rectangles(num_heads))
 
     @cached_property
     def _by_sequence(self) -> tuple[Tensor | None, Tensor]:
@@ -83,88 +65,7 @@ class Ragged:
             owner, order = owner.sort(stable=True)
         return order, torch.searchsorted(owner, torch.arange(num_sequences + 1, device=owner.device)).int()
 
-    @cached_property
-    def _rectangles(self) -> Rectangles:
-        key_starts = self.key_starts.cpu().numpy().astype(np.int64)
-        return Rectangles.of(self.owner.cpu().numpy(), key_starts, self.owner.device)
-
-
-class Rectangles(NamedTuple):
-    """Rows gathered so that sequences of equal key length lie together, their queries padded to the most among them."""
-
-    query_source: Tensor  # (P,) row of each place; padding repeats any row
-    query_place: Tensor  # (Q,) place of each row
-    key_source: Tensor | None  # (K,) as above, without padding; None: keys stay where they are
-    key_place: Tensor | None
-    num_sequences: list[int]  # of each rectangle
-    num_query_rows: list[int]
-    num_key_rows: list[int]
-
-    @staticmethod
-    def of(owner: np.ndarray, key_starts: np.ndarray, device: torch.device) -> Rectangles:
-        """owner (Q,) int64 in [0, S); key_starts (S+1,) int64."""
-        key_lengths = np.diff(key_starts)
-        num_queries = np.bincount(owner, minlength=len(key_lengths))
-        rows = np.argsort(owner, kind="stable")
-        first = np.cumsum(num_queries) - num_queries
-        order = np.argsort(key_lengths, kind="stable")
-        queries, valid, keys, shapes = [], [], [], []
-        for run in np.split(order, np.flatnonzero(np.diff(key_lengths[order])) + 1):
-            for part in np.array_split(run, -(-len(run) // SEQUENCES_PER_RECTANGLE)):
-                width = np.arange(max(1, num_queries[part].max()))
-                valid.append((width < num_queries[part, None]).ravel())
-                queries.append((first[part, None] + width).ravel())
-                keys.append((key_starts[part, None] + np.arange(key_lengths[part[0]])).ravel())
-                shapes.append((len(part), len(queries[-1]), len(keys[-1])))
-        valid = np.concatenate(valid)
-        query_source = rows[np.concatenate(queries).clip(max=len(rows) - 1)]
-        query_place = _inverse(query_source[valid], np.flatnonzero(valid))
-        key_source = np.concatenate(keys)
-        in_place = np.array_equal(order, np.arange(len(order)))
-        key_place = _inverse(key_source, np.arange(len(key_source)))
-        arrays = query_source, query_place, None if in_place else key_source, None if in_place else key_place
-        tensors = [None if x is None else torch.from_numpy(x).to(device) for x in arrays]
-        return Rectangles(*tensors, *map(list, zip(*shapes, strict=True)))
-
-
-def _inverse(source: np.ndarray, place: np.ndarray) -> np.ndarray:
-    inverse = np.empty(len(source), np.int64)
-    inverse[source] = place
-    return inverse
-
-
-def _attend(num_sequences: int, num_heads: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    heads = (x.unflatten(-1, (num_heads, -1)).unflatten(0, (num_sequences, -1)) for x in (query, key, value))
-    context = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in heads))
-    return context.transpose(1, 2).reshape(query.shape)
-
-
-class _Arrange(torch.autograd.Function):
-    """x[source]. Its gradient is a gather too, since each row stands at `place` once and padding has no gradient;
-    autograd's own would be a scatter-add, several times slower on a CPU and unordered on a GPU."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, source: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
-        return x.index_select(0, source)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.index_select(0, *ctx.saved_tensors), None, None
-
-
-class _Restore(torch.autograd.Function):
-    """x[place]: drops the padding, whose gradient is zero."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
-        ctx.num_places = len(x)
-        return x.index_select(0, place)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (place,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.num_places, grad.shape[1]).index_copy_(0, place, grad), None
+    def _rectangles(self, num_heads: int) -> Rectangles:
+        if num_heads not in self._plans:
+            self._plans[num_heads] = Rectangles.of(self.owner, self.key_starts, num_heads)
+        return self._plans[num_heads]
