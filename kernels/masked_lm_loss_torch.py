@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from posmask.kernels.backend import has_bf16_instructions, row_multiple
+from posmask.kernels.backend import has_bf16_instructions, padded_rows
 from posmask.kernels.masked_lm_loss import bin_sums
 
 WEIGHT_BLOCK = 2048  # vocabulary entries widened at a time: 6 MB at D = 768
@@ -40,8 +40,8 @@ def _weight_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, 
 
 
 def _padded(rows: Tensor) -> Tensor:
-    """(M, D) with rows of zeros behind it, to the multiple that products of its dtype like."""
-    padding = -len(rows) % row_multiple(rows)
+    """(M, D) with rows of zeros behind it, as many as products of its dtype like."""
+    padding = padded_rows(len(rows), rows) - len(rows)
     return F.pad(rows, (0, 0, 0, padding)) if padding else rows
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from posmask.kernels import backend
-from posmask.kernels.backend import resolve
+from posmask.kernels.backend import padded_rows, resolve
 
 CPU = torch.empty(1)
 
@@ -51,3 +51,10 @@ def test_without_triton(without_triton):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert resolve("auto", OnGPU, "op") == "torch", "said once"
+
+
+@pytest.mark.parametrize(("num_rows", "in_bf16"), [(0, 0), (1, 8), (209, 216), (512, 512), (513, 544)])
+def test_rows_are_padded_in_bf16_on_a_cpu_alone(num_rows, in_bf16):
+    assert padded_rows(num_rows, CPU.bfloat16()) == in_bf16
+    for like in (CPU, CPU.half(), torch.empty(1, dtype=torch.bfloat16, device="meta")):
+        assert padded_rows(num_rows, like) == num_rows

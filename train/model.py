@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 
-from posmask.kernels.backend import row_multiple
+from posmask.kernels.backend import padded_rows
 from posmask.kernels.masked_lm_loss import NUM_BINS, MaskedLMLoss, masked_lm_loss
 from posmask.train.attention import Ragged
 from posmask.train.batch_norm import BatchNorm2d
@@ -66,12 +66,12 @@ class Packing:
     num_padding: int
 
     @staticmethod
-    def of(caption_starts: Tensor, num_tokens: int, max_length: int, multiple_of: int = 1) -> Packing:
+    def of(caption_starts: Tensor, num_tokens: int, max_length: int, num_rows: int | None = None) -> Packing:
         """From caption_starts (C+1,); `max_length` is known on the host, so that nothing waits for the device.
 
-        multiple_of: what T is to be a multiple of.
+        num_rows: T, those of padding among them; None: `num_tokens`.
         """
-        num_padding = -num_tokens % multiple_of
+        num_padding = (num_rows or num_tokens) - num_tokens
         starts = caption_starts.long()
         token = torch.arange(num_tokens + num_padding, device=starts.device)
         if num_padding:
@@ -324,12 +324,11 @@ class PosMaskModel(nn.Module):
     def pack(self, batch) -> Packing:
         """Of the captions of a `loader.Batch`."""
         num_tokens = batch.tokens.numel()
-        return Packing.of(batch.caption_starts, num_tokens, batch.max_caption_tokens, self.row_multiple)
+        return Packing.of(batch.caption_starts, num_tokens, batch.max_caption_tokens, self.padded_rows(num_tokens))
 
-    @property
-    def row_multiple(self) -> int:
-        """What T, and the rows of masked tokens, are a multiple of."""
-        return row_multiple(self.embeddings.word_embeddings.weight)
+    def padded_rows(self, num_rows: int) -> int:
+        """How many rows of text, or of masked tokens, products of this model's dtype like."""
+        return padded_rows(num_rows, self.embeddings.word_embeddings.weight)
 
     def encode_text(self, tokens: Tensor, packing: Packing) -> Tensor:
         """tokens int32, without the padding of `packing` -> (T, D), before any image is seen."""
@@ -395,8 +394,8 @@ class PosMaskModel(nn.Module):
         index, targets = masked.index, masked.targets
         packing = self.pack(batch)
         if not index.is_cuda:  # the host knows the count: leave spare rows out, as many as it can, but one row stays
-            num_masked, multiple = max(1, int(masked.num_masked)), self.row_multiple
-            num_rows = min(len(index), -(-num_masked // multiple) * multiple)
+            num_masked = max(1, int(masked.num_masked))
+            num_rows = min(len(index), self.padded_rows(num_masked))
             bins = None if bins is None else bins[:num_rows]
             # Each in another caption: those in a rectangle of attention are padded to the most rows that one has.
             spare = torch.linspace(0, batch.tokens.numel() - 1, num_rows - num_masked)
