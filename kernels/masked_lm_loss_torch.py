@@ -21,11 +21,13 @@ ROW_BLOCK = 64  # rows whose bf16 logits are widened at a time
 
 
 def prepare(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows in the dtype of the products; weight and bias as they are."""
+    """The rows in the dtype of the products; weight and bias as they are, but fp32 weights of bf16 rows are cast where
+    bf16 is multiplied."""
     if torch.float64 in (hidden.dtype, weight.dtype):
         return hidden.double(), weight, bias
-    native = hidden.dtype == weight.dtype == torch.bfloat16 and has_bf16_instructions()
-    return hidden if native else hidden.float(), weight, bias
+    if hidden.dtype == torch.bfloat16 and has_bf16_instructions():
+        return hidden, weight.to(hidden.dtype), bias
+    return hidden.float(), weight, bias
 
 
 def _weight_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
