@@ -97,7 +97,9 @@ def parameter_gradients(
         scratch = rows.new_empty(min(WEIGHT_BLOCK, vocabulary), rows.shape[1])
         for narrow, columns in zip(weight.split(WEIGHT_BLOCK), gradient.split(WEIGHT_BLOCK, dim=1), strict=True):
             narrow.copy_(torch.mm(columns.T, rows, out=scratch[: len(narrow)]))
-    return weight, (gradient.sum(dim=0, dtype=factor.dtype) * factor).to(dtypes[1])
+    # In parts, since torch widens all that it is to sum in fp32.
+    bias = sum(part.sum(dim=0, dtype=factor.dtype) for part in gradient.split(ROW_BLOCK))
+    return weight, (bias * factor).to(dtypes[1])
 
 
 def sums(row_loss: Tensor, hit: Tensor, targets: Tensor, bins: Tensor | None) -> tuple[Tensor, ...]:
