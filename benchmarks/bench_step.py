@@ -6,7 +6,7 @@
 The usual pipeline has the same sizes, weights and precision: open_clip's trunk, Hugging Face's BERT layers over padded
 captions, a head over every token, a DataLoader of open_clip's transform, a BERT tokenizer and Hugging Face's collator.
 It runs at the best of its settings, which are all listed. Both use torch's fused AdamW, without DeepSpeed. Loss and
-gradients of both must agree on the same masked batch, or no speed is printed.
+gradients of both must agree on the same masked batches, or no speed is printed.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def usual_loss(setup: Setup, model: PeerModel, channels_last: bool) -> Callable[
 
 
 def loss_and_gradients(setup: Setup, model: PosMaskModel | PeerModel, batch: Batch) -> dict[str, torch.Tensor]:
-    """The loss and, by its name, the gradient of each parameter on one batch masked by us; good until the next call."""
+    """The loss and, by its name, the gradient of each parameter on one batch masked by us."""
     model.zero_grad()
     dtype = next(model.parameters()).dtype
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
@@ -222,10 +222,11 @@ def check_equal(setup: Setup) -> dict[str, float]:
         for which, model in models.items():
             found = loss_and_gradients(setup, model, batch)
             assert found.keys() == truth.keys(), found.keys() ^ truth.keys()
-            apart = {name: found[name].double() - true.double() for name, true in truth.items()}
-            squares[which].update({name: float(difference.square().sum()) for name, difference in apart.items()})
+            squares[which].update(
+                {name: float((found[name].double() - true.double()).square().sum()) for name, true in truth.items()}
+            )
     wide, ours, theirs = errors = [
-        {name: math.sqrt(square / squares["truth"][name]) for name, square in squares[which].items()}
+        {name: math.sqrt(square / (squares["truth"][name] or math.nan)) for name, square in squares[which].items()}
         for which in models
     ]
     most = {name: MOST_ROUNDING * error + ROUNDING_BUDGET for name, error in theirs.items()}
@@ -241,14 +242,17 @@ def bench_usual(setup: Setup, repeats: int) -> dict:
     collate = setup.collate(setup.view())
     batch = collate(setup.samples(), 0)
     errors = check_equal(setup)
-    # First the model's settings, on a batch in memory; then, with the best of them, the loader's.
+    # First the model's settings, on one batch in memory; then, with the best of them, the loader's.
+    drawn = next(usual_batches(setup, False, 0))
+    longest_tokens = int(drawn.valid.sum(1).max())
+    text = {name: getattr(drawn, name)[:, :longest_tokens] for name in ("tokens", "valid", "labels")}
+    given = {False: drawn, True: SimpleNamespace(images=drawn.images, **text)}
     settings = {}
     for attention in ("sdpa", "eager"):  # settings share a model: one each of `base` would not fit into 24 GB
         model = setup.new_peer(attention)
         optimizer = adamw(model)
         for channels_last, longest in product((True, False), (True, False)):
-            batches = cycle([next(usual_batches(setup, longest, 0))])
-            step = stepper(optimizer, usual_loss(setup, model, channels_last), batches)
+            step = stepper(optimizer, usual_loss(setup, model, channels_last), cycle([given[longest]]))
             settings[attention, channels_last, longest] = step
     trial = interleave(settings, repeats=max(2, repeats // 2), warmup=1)
     fastest = min(trial, key=lambda key: np.median(trial[key]))

@@ -20,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 BENCHMARKS = {
     "cpu": {
         "bench_masked_lm_loss.py": (),
+        "bench_attention.py": (),
         "bench_packing.py": ("--device", "cpu", "--presets", "base"),
         "bench_step.py": ("--device", "cpu", "--data", "DATA..."),
         "bench_loader.py": ("PHOTOS",),

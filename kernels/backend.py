@@ -62,7 +62,7 @@ def padded_rows(num_rows: int, like: Tensor) -> int:
     """How many rows a matrix of such numbers is to have: `num_rows`, or in bf16 on a CPU a multiple of 8 or 32.
 
     oneDNN compiles each product anew for each number of rows, with AMX for 4 ms, and how many tokens there are, and how
-    many of them masked, differs from batch to batch. Below 512 rows 8 leave few enough numbers, and cost less than 32.
+    many of them masked, differs from batch to batch. Up to 512 rows 8 leave few enough numbers, and cost less than 32.
     """
     if like.device.type != "cpu" or like.dtype != torch.bfloat16:
         return num_rows

@@ -131,7 +131,8 @@ def masked_lm_loss(
     rows hold. num_masked: () int32. bins: (M,) integers 0..16 or -1 (`lowest_bit` of the rows' tags), or None for
     empty bins. backend: see `posmask.kernels.backend.resolve`.
 
-    Gradients of loss_sum come in the dtype of each argument, rounded once. Equal calls give equal bits. On CUDA the
+    Gradients of loss_sum come in the dtype of each argument, rounded once; that in fp32 weights of bf16 rows has bf16's
+    precision on a CPU that multiplies bf16. Equal calls give equal bits. On CUDA the
     host never waits and the call can be captured in a CUDA graph. Memory held until the backward: the logits' gradient,
     M · V numbers in the rows' dtype (fp32 on a CPU without bf16 arithmetic), or, where that exceeds MAX_LOGITS_BYTES,
     the parameters' gradients in fp32.

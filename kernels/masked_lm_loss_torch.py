@@ -1,7 +1,7 @@
 """The steps of `masked_lm_loss` in torch, for the CPU. M live rows, D width, V vocabulary.
 
 bf16 is multiplied as bf16 only where the CPU has instructions for it. Elsewhere oneDNN emulates them, at a quarter of
-the speed of fp32 (AVX-512 without AMX); rows and logits are then fp32, and the weight is widened block by block, in
+the speed of fp32 (AVX-512 without bf16); rows and logits are then fp32, and the weight is widened block by block, in
 cache, on its way into a product.
 """
 
@@ -97,7 +97,7 @@ def parameter_gradients(
         scratch = rows.new_empty(min(WEIGHT_BLOCK, vocabulary), rows.shape[1])
         for narrow, columns in zip(weight.split(WEIGHT_BLOCK), gradient.split(WEIGHT_BLOCK, dim=1), strict=True):
             narrow.copy_(torch.mm(columns.T, rows, out=scratch[: len(narrow)]))
-    # In parts, since torch widens all that it is to sum in fp32.
+    # In parts: torch makes an fp32 copy of what it is to sum in fp32.
     bias = sum(part.sum(dim=0, dtype=factor.dtype) for part in gradient.split(ROW_BLOCK))
     return weight, (bias * factor).to(dtypes[1])
 

@@ -29,50 +29,49 @@ class Rectangles(NamedTuple):
     @staticmethod
     def of(owner: Tensor, key_starts: Tensor, num_heads: int) -> Rectangles:
         """owner (Q,) int64: sequence of each query row; key_starts (S+1,) int32. The host reads both."""
-        owner, starts = owner.cpu().numpy(), key_starts.cpu().numpy().astype(np.int64)
+        device, owner, starts = key_starts.device, owner.cpu().numpy(), key_starts.cpu().numpy().astype(np.int64)
         num_keys = np.diff(starts)
         num_queries = np.bincount(owner, minlength=len(num_keys))
-        size = np.maximum(num_keys, num_queries)
-        order = np.lexsort((num_queries, size))
-        parts = np.split(order, _cuts(size[order]))
-        queries = Places.of(np.argsort(owner, kind="stable"), num_queries, parts, num_heads)
-        keys = Places.of(np.arange(starts[-1]), num_keys, parts, num_heads, fewest=FEWEST_KEYS)
+        most_rows = np.maximum(num_keys, num_queries)
+        order = np.lexsort((num_queries, most_rows))
+        parts = np.split(order, _cuts(most_rows[order]))
+        queries = Places.of(np.argsort(owner, kind="stable"), num_queries, parts, num_heads).to(device)
+        keys = Places.of(np.arange(starts[-1]), num_keys, parts, num_heads, min_rows=FEWEST_KEYS).to(device)
         mask = torch.where(keys.is_row, 0.0, float("-inf"))
-        masks = [x.transpose(1, 2) for x in keys.matrices(mask)]
-        return Rectangles(*(x.to(key_starts.device) for x in (queries, keys)), [x.to(key_starts.device) for x in masks])
+        return Rectangles(queries, keys, [x.mT for x in keys.matrices(mask)])
 
 
-def _cuts(size: np.ndarray) -> list[int]:
-    """Where to part sequences of ascending sizes (S,), so that none is padded to much more than twice its size."""
+def _cuts(num_rows: np.ndarray) -> list[int]:
+    """Where to part sequences with ascending numbers of rows (S,): none is padded to more than twice as many and 16."""
     cuts = [0]
-    while cuts[-1] < len(size):
-        reach = np.searchsorted(size, 2 * size[cuts[-1]] + FEWEST_KEYS, side="right")
+    while cuts[-1] < len(num_rows):
+        reach = np.searchsorted(num_rows, 2 * num_rows[cuts[-1]] + FEWEST_KEYS, side="right")
         cuts.append(min(cuts[-1] + SEQUENCES_PER_RECTANGLE, int(reach)))
     return cuts[1:-1]
 
 
 class Places(NamedTuple):
-    """P places of heads' rows in rectangles, some of them padding, which holds any row."""
+    """P places of heads' rows in rectangles, some of them padding, which holds any row: all have to be finite."""
 
     source: Tensor  # (P,) int64: the head's row at each place
-    place: Tensor  # (rows·H,) int64: the place of each head's row
+    place: Tensor  # (N·H,) int64: the place of each head's row
     is_row: Tensor  # (P, 1) bool: not padding
     num_heads: int
     shapes: list[tuple[int, int]]  # of each rectangle: how many matrices, of how many rows
 
     @staticmethod
     def of(
-        rows: np.ndarray, count: np.ndarray, parts: list[np.ndarray], num_heads: int, fewest: int = 1
+        rows: np.ndarray, num_rows: np.ndarray, parts: list[np.ndarray], num_heads: int, min_rows: int = 1
     ) -> Places:
-        """rows (N,) int64 of all sequences in turn, count (S,) how many of them each has, parts the sequences of each
-        rectangle. `fewest` rows are the least that a matrix has."""
-        first, head = np.cumsum(count) - count, np.arange(num_heads)[:, None]
+        """rows (N,) int64 of all sequences in turn, num_rows (S,) how many of them each has, parts the sequences of
+        each rectangle. A matrix has at least `min_rows` rows."""
+        first, head = np.cumsum(num_rows) - num_rows, np.arange(num_heads)[:, None]
         sources, valid, shapes = [], [], []
         for part in parts:
-            within = np.arange(max(fewest, count[part].max()))
+            within = np.arange(max(min_rows, num_rows[part].max()))
             row = rows[(first[part, None] + within).clip(max=len(rows) - 1)]
             sources.append((row[:, None] * num_heads + head).ravel())  # sequence, head, row
-            valid.append(np.repeat(within < count[part, None], num_heads, axis=0).ravel())
+            valid.append(np.repeat(within < num_rows[part, None], num_heads, axis=0).ravel())
             shapes.append((len(part) * num_heads, len(within)))
         source, is_row = np.concatenate(sources), np.concatenate(valid)
         place = np.empty(len(rows) * num_heads, np.int64)
@@ -99,23 +98,23 @@ class Places(NamedTuple):
 class RaggedAttention(torch.autograd.Function):
     """query (Q, D), key (K, D), value (K, D) -> (Q, D), each query row over the keys of its sequence.
 
-    Works in the dtype of the arguments, and in fp32 where that is of half precision and they are on a CPU: products of
-    small matrices are no faster in bf16 there.
+    In the dtype of the arguments; half precision is worked out in fp32, which on a CPU takes no longer for products of
+    small matrices, and rounded once. autocast changes nothing: it knows no product into given memory.
     """
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, plan: Rectangles) -> Tensor:
-        in_fp32 = query.device.type == "cpu" and query.dtype.itemsize == 2
-        dtype = torch.float32 if in_fp32 else query.dtype
+        dtype = torch.float32 if query.dtype.itemsize == 2 else query.dtype
         q, k, v = plan.queries.arrange(query, dtype), plan.keys.arrange(key, dtype), plan.keys.arrange(value, dtype)
         ctx.scale = q.shape[1] ** -0.5
         q.mul_(ctx.scale)
         context, weights = torch.empty_like(q), []
         matrices = zip(*map(plan.queries.matrices, (q, context)), *map(plan.keys.matrices, (k, v)), strict=True)
-        for (part_q, out, part_k, part_v), mask in zip(matrices, plan.keys_mask, strict=True):
-            scores = torch.bmm(part_q, part_k.mT).add_(mask)
-            weights.append(scores.softmax(-1))
-            torch.bmm(weights[-1], part_v, out=out)
+        with torch.autocast(q.device.type, enabled=False):
+            for (part_q, out, part_k, part_v), mask in zip(matrices, plan.keys_mask, strict=True):
+                scores = torch.bmm(part_q, part_k.mT).add_(mask)
+                weights.append(scores.softmax(-1))
+                torch.bmm(weights[-1], part_v, out=out)
         ctx.plan, ctx.dtype = plan, query.dtype
         ctx.save_for_backward(q, k, v, *weights)
         return plan.queries.restore(context, query.dtype)
@@ -128,12 +127,13 @@ class RaggedAttention(torch.autograd.Function):
         g = queries.arrange(grad, q.dtype).mul_(queries.is_row)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         matrices = *map(queries.matrices, (q, g, grad_q)), *map(keys.matrices, (k, v, grad_k, grad_v))
-        for p, part_q, part_g, out_q, part_k, part_v, out_k, out_v in zip(weights, *matrices, strict=True):
-            torch.bmm(p.mT, part_g, out=out_v)
-            of_weights = torch.bmm(part_g, part_v.mT)
-            of_scores = torch.ops.aten._softmax_backward_data(of_weights, p, -1, p.dtype)
-            torch.bmm(of_scores, part_k, out=out_q)
-            torch.bmm(of_scores.mT, part_q, out=out_k)
+        with torch.autocast(q.device.type, enabled=False):
+            for p, part_q, part_g, out_q, part_k, part_v, out_k, out_v in zip(weights, *matrices, strict=True):
+                torch.bmm(p.mT, part_g, out=out_v)
+                of_weights = torch.bmm(part_g, part_v.mT)
+                of_scores = torch.ops.aten._softmax_backward_data(of_weights, p, -1, p.dtype)
+                torch.bmm(of_scores, part_k, out=out_q)
+                torch.bmm(of_scores.mT, part_q, out=out_k)
         grad_q.mul_(ctx.scale)
         grad_key, grad_value = (keys.restore(x, ctx.dtype) for x in (grad_k, grad_v))
         return queries.restore(grad_q, ctx.dtype), grad_key, grad_value, None

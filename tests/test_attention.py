@@ -123,7 +123,7 @@ def test_one_long_sequence_pads_no_other():
     assert [mask.exp().sum() for mask in plan.keys_mask] == [70 * HEADS, 200 * HEADS]
 
 
-def test_bf16_on_a_cpu_is_worked_out_in_fp32_and_rounded_once():
+def test_bf16_is_worked_out_in_fp32_and_rounded_once():
     lengths, owner = CASES["itself"]
     generator = torch.Generator().manual_seed(0)
     leaves = [torch.randn(n, 48, generator=generator).bfloat16().requires_grad_() for n in (12, 12, 12)]
@@ -140,6 +140,17 @@ def test_bf16_on_a_cpu_is_worked_out_in_fp32_and_rounded_once():
     for ours, theirs in pairs:
         assert ours.dtype == torch.bfloat16
         torch.testing.assert_close(ours.float(), theirs, rtol=2**-8, atol=2e-5)  # twice bf16's rounding
+
+
+def test_autocast_changes_nothing():
+    owner, starts = torch.tensor([0, 0, 1]), torch.tensor([0, 2, 3], dtype=torch.int32)
+    leaves = [torch.randn(3, 12, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(3)]
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            context = Ragged(owner, starts, 2, 2, is_sorted=True)(*leaves, HEADS)
+            found.append((context, *torch.autograd.grad(context, leaves, torch.ones_like(context))))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 COMPILE = """

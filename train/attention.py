@@ -1,4 +1,4 @@
-"""Attention between ragged sequences that lie end to end: no padding on a GPU, next to none on a CPU.
+"""Attention between ragged sequences that lie end to end: no padding on a GPU, little on a CPU.
 
 Shapes: S sequences; Q query rows and K key rows of all of them; D width, H heads. A query row attends to all key rows
 of its sequence, and to no other.

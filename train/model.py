@@ -66,12 +66,11 @@ class Packing:
     num_padding: int
 
     @staticmethod
-    def of(caption_starts: Tensor, num_tokens: int, max_length: int, num_rows: int | None = None) -> Packing:
+    def of(caption_starts: Tensor, num_tokens: int, max_length: int, num_padding: int = 0) -> Packing:
         """From caption_starts (C+1,); `max_length` is known on the host, so that nothing waits for the device.
 
-        num_rows: T, those of padding among them; None: `num_tokens`.
+        num_padding: rows behind the tokens.
         """
-        num_padding = (num_rows or num_tokens) - num_tokens
         starts = caption_starts.long()
         token = torch.arange(num_tokens + num_padding, device=starts.device)
         if num_padding:
@@ -324,7 +323,8 @@ class PosMaskModel(nn.Module):
     def pack(self, batch) -> Packing:
         """Of the captions of a `loader.Batch`."""
         num_tokens = batch.tokens.numel()
-        return Packing.of(batch.caption_starts, num_tokens, batch.max_caption_tokens, self.padded_rows(num_tokens))
+        num_padding = self.padded_rows(num_tokens) - num_tokens
+        return Packing.of(batch.caption_starts, num_tokens, batch.max_caption_tokens, num_padding)
 
     def padded_rows(self, num_rows: int) -> int:
         """How many rows of text, or of masked tokens, products of this model's dtype like."""
