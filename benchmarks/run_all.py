@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+from posmask.train.remote import is_remote
+
 HERE = Path(__file__).resolve().parent
 BENCHMARKS = {
     "cpu": {
@@ -97,6 +99,9 @@ def main() -> int:
     parser.add_argument("--photos", help="folder of JPEG photos to decode (without it: scenes on a CPU, none on a GPU)")
     parser.add_argument("--limit-s", type=int, default=600, help="most seconds for one benchmark")
     args = parser.parse_args()
+    missing = [data for data in args.data if not (is_remote(data) or Path(data, "index.json").is_file())]
+    if missing:
+        parser.error(f"no shards in {', '.join(missing)}: build them with prep/build_shards.py, or give --data")
     # Without a GPU in sight nothing can run there by mistake.
     env = dict(os.environ) | ({"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {})
     outcomes = run_all(BENCHMARKS[args.device], args.data, args.photos, args.limit_s, env)
