@@ -98,8 +98,8 @@ class Places(NamedTuple):
 class RaggedAttention(torch.autograd.Function):
     """query (Q, D), key (K, D), value (K, D) -> (Q, D), each query row over the keys of its sequence.
 
-    In the dtype of the arguments; half precision is worked out in fp32, which on a CPU takes no longer for products of
-    small matrices, and rounded once. autocast changes nothing: it knows no product into given memory.
+    In the dtype of the arguments. Half precision is worked out in fp32 and rounded once: scores and weights keep their
+    digits. autocast changes nothing: it knows no product into given memory.
     """
 
     @staticmethod
